@@ -1,0 +1,43 @@
+# make demo    sets everything up and personalizes the built-in model on examples/me.txt
+# make test    sets everything up, lints and runs the tests
+# make lint    ruff check, ruff format, mypy
+# make bench   training and sampling speed here, against the plain path
+
+PYTHON ?= python3
+BIN := .venv/bin
+CONTEXT ?= examples/me.txt
+RUN ?= runs/demo
+
+.PHONY: install demo test lint bench bench-gpu clean
+
+install: .venv/installed
+
+# torch comes first and pinned: any looser request may bring several GB of CUDA libraries along.
+# llama-cpp-python has no wheel: it is compiled here, once, which takes some minutes.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch -c constraints.txt
+	@echo "Installing; compiling llama.cpp takes some minutes the first time."
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: install
+	$(BIN)/mipo-lite personalize --user-context $(CONTEXT) --base builtin --run $(RUN)
+	$(BIN)/mipo-lite chat $(RUN) --message "What should I do this weekend?"
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/mipo-lite bench
+
+bench-gpu: install
+	$(BIN)/mipo-lite bench --gpu
+
+clean:
+	rm -rf .venv build dist

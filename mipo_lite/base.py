@@ -1,0 +1,237 @@
+"""The base: find a causal LM, and load it in 4-bit NF4 with its tokenizer and chat template.
+
+Weights are safetensors only, code from a model repository runs only when the user says so, and
+everything downstream gets a `Base` and never asks where it came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .contexts import Messages, build_messages, encode_prompt, has_system_role
+from .errors import UserError
+
+BUILTIN = Path(__file__).parent / "builtin" / "model"
+
+# What `--base auto` chooses from, largest first: id, and GiB of GPU memory it wants for QLoRA-DPO
+# with a page of context. The figures are rules of thumb (parameters x 0.6 + 3), not measured.
+AUTO_BASES = (
+    ("Qwen/Qwen2.5-7B-Instruct", 8.0),
+    ("Qwen/Qwen2.5-3B-Instruct", 5.0),
+    ("Qwen/Qwen2.5-1.5B-Instruct", 4.0),
+    ("Qwen/Qwen2.5-0.5B-Instruct", 3.5),
+)
+
+# Nothing else is ever downloaded: in particular no pickled weights and no code.
+_DOWNLOADS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base lies.
+
+    Attributes:
+        name: what the user calls it: builtin, a Hugging Face id, or a directory.
+        path: a directory with config.json, *.safetensors and the tokenizer.
+        revision: the commit on the hub; None for local directories.
+        reason: why `auto` took this one; "" when the user named it.
+    """
+
+    name: str
+    path: Path
+    revision: str | None = None
+    reason: str = ""
+
+
+@dataclass
+class Base:
+    """A loaded base.
+
+    Attributes:
+        model: the transformers causal LM, in evaluation mode, frozen.
+        eos_ids: every token id that ends a response.
+        system_role: whether its chat template has a system role.
+        window: the most tokens it can read, prompt and response together.
+    """
+
+    source: BaseSource
+    model: Any
+    tokenizer: Any
+    eos_ids: list[int]
+    system_role: bool
+
+    @property
+    def window(self) -> int:
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def messages(self, prompt: str, context: str | None) -> Messages:
+        return build_messages(prompt, context, self.system_role)
+
+    def encode(self, prompt: str, context: str | None) -> list[int]:
+        """Token ids of the chat, up to where the assistant's answer begins."""
+        return encode_prompt(self.tokenizer, self.messages(prompt, context))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of a response, without its end token."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+
+    def check_context_fits(self, context: str, max_new_tokens: int) -> None:
+        """Raises UserError when the context leaves no room for a request and its answer."""
+        used = len(self.encode("", context))
+        room = self.window - max_new_tokens - 64  # 64: a request of ordinary length
+        if used > room:
+            raise UserError(
+                f"The user context takes {used} tokens; {self.source.name} has room for {room}.",
+                "Shorten the file, or choose a base with a larger window.",
+            )
+
+
+def find_base(name: str) -> BaseSource:
+    """Where the base `name` lies, downloading it when it is a Hugging Face id.
+
+    Raises UserError when there is no such base or it can not be had.
+    """
+    if name == "auto":
+        return _choose()
+    if name == "builtin":
+        return BaseSource("builtin", BUILTIN)
+    if Path(name).is_dir():
+        return BaseSource(name, _checked(Path(name)))
+    return _from_hub(name)
+
+
+def load_base(
+    source: BaseSource, *, quantized: bool = True, trust_remote_code: bool = False
+) -> Base:
+    """Load a base for sampling, scoring and training.
+
+    Args:
+        quantized: NF4 with double quantization; False loads 16 or 32 bits (for checks).
+
+    On CUDA with bfloat16 the compute dtype is bfloat16. Elsewhere it is float32: only the newest
+    CPUs multiply bfloat16 faster, and everything is then exact to check.
+
+    Raises UserError when the tokenizer has no chat template.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{source.name} has no chat template: it is not an instruct model.",
+            "Choose its instruct version, or put a chat_template.jinja into its directory.",
+        )
+    on_gpu = torch.cuda.is_available()
+    bf16 = on_gpu and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if bf16 else torch.float16 if on_gpu else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        dtype=dtype,
+        quantization_config=quantization if quantized else None,
+        device_map={"": torch.cuda.current_device() if on_gpu else "cpu"},
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    keep_backward_on_cpu(model)
+    model.requires_grad_(False)
+    model.eval()
+    eos = model.generation_config.eos_token_id
+    eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Base(
+        source=source,
+        model=model,
+        tokenizer=tokenizer,
+        eos_ids=sorted(token for token in eos_ids if token is not None),
+        system_role=has_system_role(tokenizer),
+    )
+
+
+def keep_backward_on_cpu(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    The packed product has no backward: a model that has sampled would then train on broken
+    gradients, in silence. Sampling and training share one model here, so packing stays off.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _checked(path: Path) -> Path:
+    """Raises UserError for a directory that holds no model this program can load."""
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is not a model directory: it has no config.json.",
+            "Name a directory with config.json, *.safetensors and a tokenizer.",
+        )
+    if not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"{path} holds no weights: there is no *.safetensors file.",
+            "Download the model completely; pickled weights (*.bin) are not loaded.",
+        )
+    return path
+
+
+def _from_hub(name: str) -> BaseSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    fix = "Give builtin, a Hugging Face id such as Qwen/Qwen2.5-1.5B-Instruct, or a directory."
+    try:
+        try:
+            path = snapshot_download(name, allow_patterns=list(_DOWNLOADS), local_files_only=True)
+        except FileNotFoundError:
+            path = snapshot_download(name, allow_patterns=list(_DOWNLOADS))
+    except HFValidationError as error:
+        raise UserError(f"There is no base {name!r}.", fix) from error
+    except GatedRepoError as error:
+        raise UserError(
+            f"{name} asks for a licence agreement first.",
+            "Agree on its page on Hugging Face, run `hf auth login`, and start again.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"Hugging Face knows no model {name!r}.", fix) from error
+    except OSError as error:  # no network, no such revision, a full disk
+        raise UserError(
+            f"{name} is not on this machine and can not be downloaded ({type(error).__name__}).",
+            "Check the network and the name, or use --base builtin.",
+        ) from error
+    return BaseSource(name, _checked(Path(path)), revision=Path(path).name)
+
+
+def _choose() -> BaseSource:
+    """The largest base of the table that fits the GPU and can be had, else the built-in one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return BaseSource("builtin", BUILTIN, reason="no CUDA GPU found, so the built-in base")
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    for name, needed in AUTO_BASES:
+        if needed <= memory:
+            try:
+                source = _from_hub(name)
+            except UserError:
+                continue
+            return BaseSource(
+                name, source.path, source.revision, f"the largest that fits {memory:.0f} GiB"
+            )
+    return BaseSource(
+        "builtin", BUILTIN, reason="no instruct model can be downloaded, so the built-in base"
+    )

@@ -1,0 +1,111 @@
+"""Contexts: the user's page, the persona pool, and the messages for (context, prompt).
+
+A context is the system message, the request is the user turn. Families whose chat template
+knows no system role get both in the user turn. What a context *says* is never interpreted here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Persona:
+    """A page about somebody.
+
+    Attributes:
+        id: "user" for the user's own page.
+        text: the page.
+        facts: topic -> strings that count as using that fact; only for scoring by string match.
+    """
+
+    id: str
+    text: str
+    facts: dict[str, list[str]] = field(default_factory=dict, compare=False)
+
+
+def load_user_context(path: Path) -> str:
+    """The text of me.txt.
+
+    Raises UserError when it is missing, a directory, empty, or not UTF-8 text.
+    """
+    fix = "Write a text file about yourself (examples/me.txt shows one) and name it."
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}.", fix) from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a directory.", fix) from error
+    except PermissionError as error:
+        raise UserError(
+            f"{path} can not be read.", "Give yourself permission to read it."
+        ) from error
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8.", "Save it as plain UTF-8 text.") from error
+    if "\0" in text:
+        raise UserError(f"{path} is not text in UTF-8.", "Save it as plain UTF-8 text.")
+    if not text:
+        raise UserError(f"{path} is empty.", fix)
+    return text.replace("\r\n", "\n")
+
+
+@cache
+def persona_pool() -> tuple[Persona, ...]:
+    """The shipped personas, in a fixed order."""
+    lines = (resources.files("mipo_lite") / "data/personas.jsonl").read_text("utf-8")
+    rows = map(json.loads, lines.splitlines())
+    return tuple(Persona(row["id"], row["text"].strip(), accepted(row["facts"])) for row in rows)
+
+
+def accepted(facts: dict[str, str | list[str]]) -> dict[str, list[str]]:
+    """Facts as topic -> list of accepted strings, however briefly they were written."""
+    return {topic: [v] if isinstance(v, str) else list(v) for topic, v in facts.items()}
+
+
+def build_messages(prompt: str, context: str | None, system_role: bool = True) -> Messages:
+    """The chat of one request, with or without a context.
+
+    Args:
+        system_role: False for a template without one; the context then opens the user turn.
+    """
+    if context is None:
+        return [{"role": "user", "content": prompt}]
+    if not system_role:
+        return [{"role": "user", "content": f"{context}\n\n{prompt}"}]
+    return [{"role": "system", "content": context}, {"role": "user", "content": prompt}]
+
+
+def has_system_role(tokenizer: Any) -> bool:
+    """Whether the chat template renders a system message (some raise, some leave it out)."""
+    mark = "a-mark-that-no-template-contains"
+    try:
+        text = tokenizer.apply_chat_template(build_messages("x", mark), tokenize=False)
+    except Exception:  # templates refuse with jinja's own error types
+        return False
+    return mark in text
+
+
+def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+    """Token ids of the messages, up to where the assistant's answer begins.
+
+    Thinking, where a template offers it, is off: the pairs are about answers.
+    """
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        enable_thinking=False,
+    )
+    return list(encoded["input_ids"])
