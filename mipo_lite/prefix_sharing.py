@@ -93,12 +93,9 @@ class PrefixSharing:
         trie = None if args else self._plan(**kwargs)
         if trie is None:
             return self._original(*args, **kwargs)
-        input_ids = kwargs.pop("input_ids")
-        kwargs.pop("attention_mask", None)
-        kwargs["use_cache"] = False
-        outputs = run_trie(self._original, self.backbone, trie, **kwargs)
+        outputs = run_trie(self._original, self.backbone, trie, use_cache=False)
         outputs.last_hidden_state = gather_rows(
-            outputs.last_hidden_state[0], trie, length=input_ids.shape[1]
+            outputs.last_hidden_state[0], trie, length=kwargs["input_ids"].shape[1]
         )
         return outputs
 
@@ -107,10 +104,13 @@ class PrefixSharing:
         input_ids: torch.Tensor | None = None,
         attention_mask: Any = None,
         use_cache: bool | None = None,
+        return_dict: bool | None = None,
         **others: Any,
     ) -> Trie | None:
         """The trie to run instead of this batch, or None to take the plain path."""
-        if input_ids is None or input_ids.dim() != 2 or len(input_ids) < 2 or use_cache:
+        if input_ids is None or input_ids.dim() != 2 or len(input_ids) < 2:
+            return None
+        if use_cache or return_dict is False:
             return None
         if any(value is not None and value is not False for value in others.values()):
             return None  # a cache, positions, embeddings, or outputs that have no row shape
