@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+import os
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -18,17 +21,28 @@ from rich.progress import (
 
 console = Console(highlight=False)
 
-Advance: TypeAlias = Callable[[int], None]
+
+class Bar:
+    """A running progress bar; call it to advance."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def __call__(self, steps: int = 1) -> None:
+        self._progress.advance(self._task, steps)
+
+    def set(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
 
 
 @contextmanager
-def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A bar with count, time passed and time left; yields `advance(n)`.
+def progress(description: str, total: int) -> Iterator[Bar]:
+    """A bar with count, time passed and time left.
 
     Args:
         description: what is being done, in a few words.
         total: the number of steps in all.
-        done: how many of them an earlier start has already done.
     """
     columns = (
         TextColumn("{task.description:<28}"),
@@ -38,6 +52,20 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(description, total=total, completed=done)
-        yield lambda n: bar.advance(task, n)
+    with Progress(*columns, console=console) as running:
+        yield Bar(running, running.add_task(description, total=total))
+
+
+def quiet_libraries() -> None:
+    """Let the libraries say nothing below an error, draw no bars, and report nothing home.
+
+    Call it before they are imported: some read the environment only then.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("bitsandbytes", "transformers", "trl", "peft", "datasets", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|bitsandbytes|torch)\b")

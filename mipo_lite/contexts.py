@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import yaml
 
 from .errors import UserError
 
 Messages = list[dict[str, str]]
+Split = Literal["train", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,43 @@ def load_user_context(path: Path) -> str:
 
 
 @cache
-def persona_pool() -> tuple[Persona, ...]:
-    """The shipped personas, in a fixed order."""
+def persona_pool(split: Split) -> tuple[Persona, ...]:
+    """The shipped personas of one split: every third is held out for the evaluation."""
     lines = (resources.files("mipo_lite") / "data/personas.jsonl").read_text("utf-8")
     rows = map(json.loads, lines.splitlines())
-    return tuple(Persona(row["id"], row["text"].strip(), accepted(row["facts"])) for row in rows)
+    return tuple(
+        Persona(row["id"], row["text"].strip(), accepted(row["facts"]))
+        for number, row in enumerate(rows)
+        if (number % 3 == 2) == (split == "held_out")
+    )
+
+
+def load_facts(path: Path) -> dict[str, list[str]]:
+    """Facts of a page, for scoring only: `me.facts.yaml` beside `me.txt`; {} without one.
+
+    Raises UserError when the file is not a mapping of topics to strings.
+    """
+    file = path.with_suffix(".facts.yaml")
+    if not file.is_file():
+        return {}
+    try:
+        facts = yaml.safe_load(file.read_text("utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("not a mapping")
+        return accepted({str(topic): values for topic, values in facts.items()})
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} is not a mapping of topics to strings.",
+            "Write lines such as `pet: Biscuit`, or remove the file: it is only for scoring.",
+        ) from error
 
 
 def accepted(facts: dict[str, str | list[str]]) -> dict[str, list[str]]:
     """Facts as topic -> list of accepted strings, however briefly they were written."""
-    return {topic: [v] if isinstance(v, str) else list(v) for topic, v in facts.items()}
+    return {
+        topic: [str(v) for v in (values if isinstance(values, list) else [values])]
+        for topic, values in facts.items()
+    }
 
 
 def build_messages(prompt: str, context: str | None, system_role: bool = True) -> Messages:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from .contexts import Persona, Split
 from .errors import UserError
 
-Split = Literal["train", "held_out"]
+if TYPE_CHECKING:
+    from .base import Base
+
 HELD_OUT_SHARE = 1 / 3
 
 
@@ -37,6 +40,18 @@ class Prompt:
     def as_row(self) -> dict[str, Any]:
         row = {"id": self.id, "text": self.text, "topics": list(self.topics)}
         return row | {"split": self.split}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a response is conditioned on: a prompt, and a context or none."""
+
+    prompt: Prompt
+    context: Persona | None = None
+
+    def encode(self, base: Base) -> list[int]:
+        """Token ids of the chat, up to where the assistant's answer begins."""
+        return base.encode(self.prompt.text, self.context.text if self.context else None)
 
 
 @cache

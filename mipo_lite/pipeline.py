@@ -1,0 +1,447 @@
+"""personalize() and improve(): the stages in order, each repeatable and resumable.
+
+A stage reads files of the run directory and writes files of the run directory. Its fingerprint
+covers the settings it reads and the fingerprint of the stage before it, so that a finished stage
+is run again exactly when something it depends on has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .base import Base, BaseSource, find_base, load_base
+from .console import console, progress
+from .contexts import Persona, load_facts, load_user_context, persona_pool
+from .errors import UserError
+from .prompts import Prompt, from_row, load_prompts
+from .recipe import Recipe, load_recipe
+from .run import Run, append_jsonl, fingerprint, read_json, read_jsonl, write_json
+
+VERSIONS = ("mipo-lite", "torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python")
+
+
+@dataclass
+class Flow:
+    """A run together with what its stages share; the base is loaded when first needed."""
+
+    run: Run
+    recipe: Recipe
+    source: BaseSource
+    trust_remote_code: bool = False
+
+    @cached_property
+    def base(self) -> Base:
+        with console.status(f"Loading {self.source.name} in 4 bits"):
+            base = load_base(self.source, trust_remote_code=self.trust_remote_code)
+        base.check_context_fits(self.user.text, self.recipe.max_new_tokens)
+        return base
+
+    @cached_property
+    def user(self) -> Persona:
+        row = read_json(self.run / "context.json")
+        return Persona("user", row["text"], row["facts"])
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        return tuple(map(from_row, read_jsonl(self.run / "prompts.jsonl")))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the flow.
+
+    Attributes:
+        settings: the settings it reads; a change of one makes the stage, and all after it, stale.
+        files: what it writes, removed before a stale stage is run again.
+    """
+
+    name: str
+    action: Callable[[Flow, dict[str, Any]], None]
+    settings: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def personalize(
+    user_context: str | Path,
+    *,
+    base: str | None = None,
+    prompts: str | Path | None = None,
+    recipe: str | None = None,
+    settings: Iterable[str] = (),
+    seed: int | None = None,
+    run: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Run:
+    """Train an adapter that makes the base use the user's page more; measure, merge, export.
+
+    Called again with the same arguments, it goes on where it stopped.
+
+    Args:
+        user_context: a text file about the user.
+        base: auto, builtin, a Hugging Face id, or a directory.
+        prompts: everyday requests, a line each (or JSONL); None takes the shipped ones.
+        recipe: the name of a shipped recipe, or a YAML file.
+        settings: further settings as "key=value".
+        run: the run directory; None takes runs/ and the name of the context file.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    flow = prepare(
+        Path(user_context),
+        base=base,
+        prompts=Path(prompts) if prompts else None,
+        recipe=recipe,
+        settings=settings,
+        seed=seed,
+        run=Path(run) if run else None,
+        trust_remote_code=trust_remote_code,
+    )
+    with flow.run.locked():
+        execute(flow)
+    return flow.run
+
+
+def preview(user_context: Path, **arguments: Any) -> dict[str, Any]:
+    """What `personalize` would do with these arguments, without doing any of it.
+
+    Raises UserError for bad input, as `personalize` does.
+    """
+    text = load_user_context(user_context)
+    prompts = load_prompts(arguments["prompts"])
+    flags = {"base": arguments["base"], "seed": arguments["seed"]}
+    recipe, source = resolve(arguments["recipe"], arguments["settings"], flags)
+    path = arguments["run"] or Path("runs") / user_context.stem
+    done = Run(path).meta["stages"] if (path / "run.json").is_file() else {}
+    train = sum(prompt.split == "train" for prompt in prompts)
+    return {
+        "run": path,
+        "base": source,
+        "recipe": recipe,
+        "words": len(text.split()),
+        "prompts": (train, len(prompts) - train),
+        "done": [stage.name for stage in STAGES if done.get(stage.name, {}).get("state") == "done"],
+        "stages": [stage.name for stage in STAGES],
+    }
+
+
+def prepare(
+    user_context: Path,
+    *,
+    base: str | None,
+    prompts: Path | None,
+    recipe: str | None,
+    settings: Iterable[str],
+    seed: int | None,
+    run: Path | None,
+    trust_remote_code: bool = False,
+) -> Flow:
+    """Check every input and create the run directory, or open the one to go on with."""
+    text = load_user_context(user_context)
+    facts = load_facts(user_context)
+    chosen_prompts = load_prompts(prompts)
+    chosen, source = resolve(recipe, settings, {"base": base, "seed": seed})
+    path = run or Path("runs") / user_context.stem
+    inputs = {
+        "command": "personalize",
+        "recipe": chosen.model_dump(),
+        "context": fingerprint([text, facts]),
+        "prompts": fingerprint([prompt.as_row() for prompt in chosen_prompts]),
+    }
+    if (path / "run.json").is_file():
+        opened = Run(path)
+        _check_same(opened, inputs)
+        return Flow(opened, chosen, _recorded_source(opened), trust_remote_code)
+    meta = {
+        **inputs,
+        "base": {
+            "name": source.name,
+            "path": str(source.path),
+            "revision": source.revision,
+        },
+        "seed": chosen.seed,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "device": _device(),
+    }
+    created = Run.create(path, meta)
+    write_json(created / "context.json", {"text": text, "facts": facts})
+    (created / "prompts.jsonl").unlink(missing_ok=True)
+    append_jsonl(created / "prompts.jsonl", (prompt.as_row() for prompt in chosen_prompts))
+    return Flow(created, chosen, source, trust_remote_code)
+
+
+def resolve(
+    recipe: str | None, settings: Iterable[str], flags: dict[str, Any]
+) -> tuple[Recipe, BaseSource]:
+    """The recipe and the base. Without a recipe, the base decides: builtin.yaml or default.yaml."""
+    settings = list(settings)
+    wanted = load_recipe(recipe, settings, flags)
+    source = find_base(wanted.base)
+    if source.reason:
+        console.print(f"Base: {source.name} ({source.reason})")
+    if recipe is None:
+        name = "builtin" if source.name == "builtin" else "default"
+        wanted = load_recipe(name, settings, flags)
+    return wanted, source
+
+
+def open_flow(path: Path, settings: Iterable[str] = (), trust_remote_code: bool = False) -> Flow:
+    """The flow of an existing run, with some settings changed."""
+    run = Run(path)
+    recipe = load_recipe(None, settings, None)
+    recipe = Recipe(**{**run.meta["recipe"], **recipe.model_dump(exclude_unset=True)})
+    return Flow(run, recipe, _recorded_source(run), trust_remote_code)
+
+
+def execute(flow: Flow, only: str | None = None) -> None:
+    """Run the stages that are not done; with `only`, up to that one and not beyond."""
+    flow.run.meta["recipe"] = flow.recipe.model_dump()
+    before = fingerprint([flow.run.meta["context"], flow.run.meta["prompts"], flow.source.revision])
+    for stage in STAGES:
+        values = {key: flow.run.meta["recipe"][key] for key in stage.settings}
+        before = fingerprint([before, stage.name, values])
+        if not flow.run.is_done(stage.name, before):
+            _start_over_if_stale(flow.run, stage, before)
+            with flow.run.stage(stage.name, before) as entry:
+                stage.action(flow, entry)
+        if stage.name == only:
+            return
+
+
+def _start_over_if_stale(run: Run, stage: Stage, inputs: str) -> None:
+    """Remove what the stage wrote for other inputs; what it wrote for these is gone on with."""
+    recorded = run.meta["stages"].get(stage.name)
+    if recorded and recorded["inputs"] == inputs and recorded["state"] != "done":
+        return
+    for name in stage.files:
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _make_pairs(flow: Flow, entry: dict[str, Any]) -> None:
+    from .pairs import plan_personalize, sample_pairs
+
+    prompts = [prompt for prompt in flow.prompts if prompt.split == "train"]
+    plans = plan_personalize(flow.recipe, prompts, flow.user, persona_pool("train"))
+    base = flow.base
+    with progress("Sampling pairs", len(plans)) as advance:
+        sample_pairs(base, plans, flow.recipe, flow.run / "pairs.jsonl", advance)
+    entry["pairs"] = len(plans)
+    entry["departures"] = flow.recipe.departures
+
+
+def _score_pairs(flow: Flow, entry: dict[str, Any]) -> None:
+    from .filtering import dropped, score_pairs
+
+    pairs = read_jsonl(flow.run / "pairs.jsonl")
+    base = flow.base
+    with progress("Scoring pairs", len(pairs)) as advance:
+        score_pairs(base, pairs, flow.recipe, flow.run / "scores.jsonl", advance)
+    reasons = dropped(read_jsonl(flow.run / "scores.jsonl"))
+    entry["dropped"] = dict(reasons)
+    if reasons:
+        words = ", ".join(f"{count} {why}" for why, count in reasons.items())
+        console.print(f"  dropped {sum(reasons.values())} of {len(pairs)} pairs: {words}")
+
+
+def _train(flow: Flow, entry: dict[str, Any]) -> None:
+    from .training import train
+
+    run = flow.run
+    base = flow.base
+    with progress("Training", 1) as bar:
+        result = train(
+            base,
+            read_jsonl(run / "pairs.jsonl"),
+            read_jsonl(run / "scores.jsonl"),
+            flow.recipe,
+            run / "adapter",
+            run / "checkpoints",
+            bar.set,
+        )
+    entry |= {
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "prefix_sharing": result.prefix_sharing,
+        "history": result.history,
+    }
+
+
+def _evaluate(flow: Flow, entry: dict[str, Any]) -> None:
+    from .evaluation import answer, count_answers, measure, questions_about, summarize
+
+    pool = persona_pool("held_out")
+    questions = questions_about(flow.user, flow.prompts, pool, flow.recipe)
+    total = count_answers(questions, flow.recipe)
+    base = flow.base
+    with progress("Answering, before and after", total) as advance:
+        path = flow.run / "evaluation.jsonl"
+        answers = answer(base, flow.run / "adapter", questions, flow.recipe, path, advance)
+    with progress("Measuring", total) as advance:
+        measures = measure(base, flow.user, questions, answers, pool, advance)
+    write_json(
+        flow.run / "metrics.json",
+        {
+            "prompts": len(questions) // 3,
+            "samples_per_prompt": flow.recipe.eval_samples,
+            "contexts": flow.recipe.eval_contexts,
+            **summarize(questions, answers, measures),
+        },
+    )
+    entry["answers"] = total
+
+
+def _export(flow: Flow, entry: dict[str, Any]) -> None:
+    from .gguf import export_model
+    from .merging import merge
+
+    run = flow.run
+    with console.status("Merging the adapter into the 16-bit weights"):
+        merge(flow.source.path, run / "adapter", run / "merged")
+    (run / "gguf").mkdir(mode=0o700, exist_ok=True)
+    quants = [quant.upper() for quant in flow.recipe.quants]
+    files = export_model(
+        run / "merged", run / "gguf", run.name, quants=quants, context=flow.user.text
+    )
+    entry["files"] = [str(file.relative_to(run.path)) for file in files]
+
+
+def chat_model(
+    model: Path,
+    *,
+    message: str | None,
+    plain: bool,
+    temperature: float,
+    seed: int | None,
+) -> None:
+    """Talk to a run's GGUF (with the user's page as system message) or to any GGUF file.
+
+    Raises UserError when there is no GGUF to talk to.
+    """
+    from .chat import chat
+
+    context = None
+    file = model
+    if model.is_dir():
+        run = Run(model)
+        context = read_json(run / "context.json")["text"]
+        files = sorted((run / "gguf").glob(f"{run.name}-*.gguf"))
+        if not files:
+            raise UserError(
+                f"{model} holds no GGUF file yet.",
+                "Finish the run: the command that started it goes on where it stopped.",
+            )
+        file = files[0]
+        if plain:
+            file = _plain_gguf(run)
+    chat(file, context=context, message=message, temperature=temperature, seed=seed)
+
+
+def _plain_gguf(run: Run) -> Path:
+    """The base without the adapter as GGUF, made when first asked for."""
+    from .gguf import export_model
+
+    with console.status("Writing the base as GGUF"):
+        return export_model(_recorded_source(run).path, run / "gguf", "base", quants=["Q4_K_M"])[0]
+
+
+STAGES = (
+    Stage(
+        "pairs",
+        _make_pairs,
+        (
+            "base",
+            "seed",
+            "pairs",
+            "negatives",
+            "pool_positives",
+            "temperature",
+            "top_p",
+            "max_new_tokens",
+            "sampling_batch",
+        ),
+        ("pairs.jsonl",),
+    ),
+    Stage("scores", _score_pairs, ("min_contrast",), ("scores.jsonl",)),
+    Stage(
+        "train",
+        _train,
+        (
+            "loss",
+            "beta",
+            "learning_rate",
+            "warmup",
+            "epochs",
+            "batch_size",
+            "micro_batch",
+            "lora_rank",
+            "lora_alpha",
+            "gradient_checkpointing",
+            "prefix_sharing",
+            "held_out",
+            "patience",
+            "evaluations",
+        ),
+        ("adapter", "checkpoints"),
+    ),
+    Stage(
+        "evaluate",
+        _evaluate,
+        ("eval_prompts", "eval_samples", "eval_contexts"),
+        ("evaluation.jsonl", "metrics.json"),
+    ),
+    Stage("export", _export, ("quants",), ("merged", "gguf")),
+)
+
+
+def _check_same(run: Run, inputs: dict[str, Any]) -> None:
+    """Raises UserError when the run was made from other inputs, naming the first that differ."""
+    recorded = run.meta
+    fix = "Give the same inputs to go on, or choose another --run to start anew."
+    if recorded.get("command") != inputs["command"]:
+        raise UserError(f"{run.path} was made by `mipo-lite {recorded.get('command')}`.", fix)
+    old, new = recorded["recipe"], inputs["recipe"]
+    changed = [
+        f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]
+    ]
+    if changed:
+        raise UserError(f"{run.path} belongs to another recipe: {'; '.join(changed[:3])}.", fix)
+    for key, name in (("context", "user context"), ("prompts", "prompts")):
+        if recorded[key] != inputs[key]:
+            raise UserError(f"{run.path} was made with another {name} file.", fix)
+
+
+def _recorded_source(run: Run) -> BaseSource:
+    base = run.meta["base"]
+    if base["name"] == "builtin":
+        return find_base("builtin")
+    path = Path(base["path"])
+    if not path.is_dir():
+        return find_base(base["name"])
+    return BaseSource(base["name"], path, base["revision"])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores"

@@ -1,0 +1,1 @@
+"""What a run shows: a summary in the terminal and a page."""

@@ -1,0 +1,273 @@
+"""DPO on scored pairs: TRL's DPOTrainer, a LoRA adapter, the adapter-disabled base as reference.
+
+The trainer is TRL's own. What is added here: it trains on the token ids as they were sampled,
+reads reference log-probs that were computed once, keeps trainable parameters in float32, shares
+prompt prefixes, and stops when the margin of held-out pairs no longer rises.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import EarlyStoppingCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from .base import Base
+from .errors import UserError
+from .prefix_sharing import self_check, share_prefixes
+from .recipe import Recipe
+from .run import atomic_directory
+
+# What a held-out evaluation must gain over the best one so far to count as better.
+MIN_GAIN = 1e-3
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training did.
+
+    Attributes:
+        history: one entry per logged step: loss, margin, held-out loss and margin.
+        prefix_sharing: why prefixes were shared, or why not, in a sentence.
+        best_step: the step whose adapter was kept.
+    """
+
+    steps: int
+    best_step: int
+    history: list[dict[str, float]]
+    prefix_sharing: str
+
+
+class MIPOTrainer(DPOTrainer):
+    """DPOTrainer for data that carry token ids and reference log-probs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The data carry ref_chosen_logps and ref_rejected_logps: read them, run no reference
+        # pass. (TRL's own way there hashes the whole model and caches outside the run.)
+        self.precompute_ref_logps = True
+        # TRL casts LoRA to bfloat16 for a quantized base; at small learning rates most updates
+        # of an 8-bit mantissa round away.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A run directory is private; it needs no page for a hub."""
+
+
+def train(
+    base: Base,
+    pairs: Sequence[dict[str, Any]],
+    scores: Sequence[dict[str, Any]],
+    recipe: Recipe,
+    adapter: Path,
+    checkpoints: Path,
+    watch: Callable[[int, int], None] = lambda step, steps: None,
+) -> TrainingResult:
+    """Train an adapter on the kept pairs and write it to `adapter`.
+
+    Goes on from the newest complete checkpoint in `checkpoints`, which is removed at the end.
+
+    Args:
+        pairs, scores: lines of pairs.jsonl and scores.jsonl, joined by their id.
+        watch: called as watch(step, steps) after every optimizer step.
+
+    Raises:
+        UserError: too few pairs were kept to train on and to watch.
+    """
+    train_rows, held_out_rows = split_pairs(pairs, scores, recipe)
+    checkpoint = newest_checkpoint(checkpoints)
+    forward = vars(base.model).get("forward")
+    trainer = MIPOTrainer(
+        model=base.model,
+        args=_arguments(recipe, checkpoints, len(train_rows), base),
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(held_out_rows),
+        processing_class=base.tokenizer,
+        peft_config=lora_config(recipe),
+        callbacks=[
+            EarlyStoppingCallback(recipe.patience, MIN_GAIN),
+            _Watch(watch),
+        ],
+    )
+    model = trainer.model
+    try:
+        with _shared_prefixes(trainer, recipe) as sharing:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with atomic_directory(adapter) as partial:
+            model.save_pretrained(partial)
+            _name_base(partial, base)
+        state = trainer.state
+        best = state.best_global_step or state.global_step
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return TrainingResult(state.global_step, best, _history(state.log_history), sharing)
+    finally:
+        # Give the base back as it was: without LoRA layers, and without TRL's forward.
+        model.unload()
+        vars(base.model).pop("forward", None)
+        if forward is not None:
+            base.model.forward = forward
+        base.model.eval()
+
+
+def split_pairs(
+    pairs: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]], recipe: Recipe
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows for the trainer: (to train on, held out), of the kept pairs.
+
+    The held-out ones are spread evenly over the file, so that pool positives are among them.
+    """
+    kept = [
+        {
+            "prompt_ids": pair["prompt_ids"],
+            "chosen_ids": pair["chosen_ids"],
+            "rejected_ids": pair["rejected_ids"],
+            "ref_chosen_logps": score["ref_chosen"],
+            "ref_rejected_logps": score["ref_rejected"],
+        }
+        for pair, score in zip(pairs, scores, strict=True)
+        if score["kept"]
+    ]
+    held_out = max(1, round(len(kept) * recipe.held_out))
+    if len(kept) - held_out < 2:
+        raise UserError(
+            f"Only {len(kept)} of {len(pairs)} pairs show any contrast: too few to learn from.",
+            "Write more about yourself, set more pairs, or lower min_contrast.",
+        )
+    every = len(kept) / held_out
+    held = {int((i + 0.5) * every) for i in range(held_out)}
+    return (
+        [row for i, row in enumerate(kept) if i not in held],
+        [row for i, row in enumerate(kept) if i in held],
+    )
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    return LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that was written completely; broken ones are removed.
+
+    transformers writes trainer_state.json last, so one that parses closes a checkpoint.
+    """
+
+    def step(path: Path) -> int:
+        return int(path.name.rpartition("-")[2])
+
+    for path in sorted(directory.glob("checkpoint-*"), key=step, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text("utf-8"))
+            return path
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
+def _arguments(recipe: Recipe, checkpoints: Path, rows: int, base: Base) -> DPOConfig:
+    micro_batch = min(recipe.micro_batch, recipe.batch_size)
+    accumulation = max(1, recipe.batch_size // micro_batch)
+    steps = max(1, math.ceil(math.ceil(rows / micro_batch) / accumulation * recipe.epochs))
+    every = max(1, steps // recipe.evaluations)
+    bf16 = base.model.dtype == torch.bfloat16
+    return DPOConfig(
+        output_dir=str(checkpoints),
+        seed=recipe.seed,
+        loss_type=recipe.loss,
+        beta=recipe.beta,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(recipe.warmup * steps),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        max_length=None,
+        bf16=bf16,
+        fp16=base.model.dtype == torch.float16,
+        logging_steps=1,
+        logging_first_step=True,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_rewards/margins",
+        greater_is_better=True,
+        use_cpu=base.model.device.type == "cpu",
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+        push_to_hub=False,
+    )
+
+
+@contextmanager
+def _shared_prefixes(trainer: MIPOTrainer, recipe: Recipe) -> Iterator[str]:
+    """Share prefixes while the block runs, if that proves right on a real batch; yields why."""
+    if not recipe.prefix_sharing:
+        yield "off: the recipe says so"
+        return
+    batch = next(iter(trainer.get_train_dataloader()))
+    check = self_check(trainer.model, batch)
+    with share_prefixes(trainer.model) if check.ok else nullcontext():
+        yield check.message
+
+
+class _Watch(TrainerCallback):
+    """Reports every optimizer step."""
+
+    def __init__(self, watch: Callable[[int, int], None]) -> None:
+        self._watch = watch
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._watch(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._watch(state.global_step, state.max_steps)
+
+
+def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The figures worth keeping of the trainer's log, under our names."""
+    names = {
+        "loss": "loss",
+        "rewards/margins": "margin",
+        "rewards/accuracies": "accuracy",
+        "eval_loss": "held_out_loss",
+        "eval_rewards/margins": "held_out_margin",
+        "eval_rewards/accuracies": "held_out_accuracy",
+    }
+    rows: dict[int, dict[str, float]] = {}
+    for entry in log:
+        row = rows.setdefault(entry["step"], {"step": entry["step"]})
+        row |= {ours: float(entry[theirs]) for theirs, ours in names.items() if theirs in entry}
+    return [row for row in rows.values() if len(row) > 1]
+
+
+def _name_base(adapter: Path, base: Base) -> None:
+    """Let the adapter name its base as others would find it, not as a path of this machine."""
+    (adapter / "README.md").unlink(missing_ok=True)
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    config["base_model_name_or_path"] = base.source.name
+    config["revision"] = base.source.revision
+    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
