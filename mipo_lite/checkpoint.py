@@ -87,10 +87,10 @@ def small_files(directory: Path) -> Iterator[Path]:
     """Everything of a model directory that is not weights: config, tokenizer, template, licence."""
     weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
     for file in sorted(directory.iterdir()):
-        is_index = file.name.endswith((".safetensors.index.json", ".bin.index.json"))
-        if file.is_file() and file.suffix not in weights and not is_index:
-            if not file.name.startswith("."):
-                yield file
+        skipped = file.name.endswith((".safetensors.index.json", ".bin.index.json"))
+        skipped |= file.suffix in weights or file.name.startswith((".", "README"))
+        if file.is_file() and not skipped:
+            yield file
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -134,9 +134,7 @@ def _entries(file: Path) -> dict[str, Entry]:
     entries = {}
     for name, info in header.items():
         begin, end = info["data_offsets"]
-        entries[name] = Entry(
-            file, info["dtype"], tuple(info["shape"]), data + begin, end - begin
-        )
+        entries[name] = Entry(file, info["dtype"], tuple(info["shape"]), data + begin, end - begin)
     if entries and max(e.start + e.nbytes for e in entries.values()) > file.stat().st_size:
         raise UserError(f"{file} is cut off: it ends before its last tensor.", fix)
     return entries

@@ -1,0 +1,101 @@
+"""The files a user gets: one GGUF for each quantization type, a LoRA GGUF, a Modelfile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checkpoint import Checkpoint
+from ..disk import require_disk
+from ..errors import UsageError
+from ..merging import Progress
+from .architectures import architecture, context_length
+from .export import OUTTYPES, export, load_config
+from .modelfile import write_modelfile
+from .quantize import KINDS, Imatrix, estimate, find_kind, quantize
+from .vocabulary import load_tokenizer, read_vocabulary
+
+WINDOW = 4096  # num_ctx of the Modelfile, tokens
+
+
+def export_model(
+    model_dir: Path | str,
+    out_dir: Path | str,
+    name: str,
+    *,
+    quants: Sequence[str] = ("Q4_K_M",),
+    context: str | None = None,
+    modelfile: bool = True,
+    imatrix: Imatrix | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write `NAME-TYPE.gguf` for every type in `quants`, and a `Modelfile` for the first.
+
+    K- and IQ-types are made from an F16 file, which stays only when it was asked for.
+
+    Args:
+        model_dir: a Hugging Face directory with everything merged.
+        quants: F32, F16, BF16 or a key of `quantize.KINDS`, in any case.
+        context: the user's page; goes into the Modelfile as system message.
+        modelfile: False leaves the Modelfile of the directory alone.
+        imatrix: importance matrix for the quantized types.
+        progress: e.g. `console.progress`.
+
+    Returns:
+        The GGUF files in the order of `quants`.
+
+    Raises:
+        UserError, UsageError: as `export` and `quantize`; too little disk for all files together.
+    """
+    model_dir, out_dir = Path(model_dir), Path(out_dir)
+    kinds = list(dict.fromkeys(kind.upper() for kind in quants))
+    if not kinds:
+        raise UsageError("No quantization type was asked for.", "Name one, such as q4_k_m.")
+    for kind in kinds:
+        if kind.lower() not in OUTTYPES:
+            find_kind(kind)
+    _require_space(model_dir, out_dir, kinds)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files = {kind: out_dir / f"{name}-{kind}.gguf" for kind in kinds}
+    for kind in kinds:
+        if kind.lower() in OUTTYPES:
+            export(model_dir, files[kind], outtype=kind.lower(), name=name, progress=progress)
+    coarse = [kind for kind in kinds if kind in KINDS]
+    if coarse:
+        source = files.get("F16", out_dir / f".{name}-F16.partial")
+        try:
+            if "F16" not in files:
+                export(model_dir, source, name=name, progress=progress)
+            for kind in coarse:
+                quantize(source, files[kind], kind, imatrix=imatrix, progress=progress)
+        finally:
+            if "F16" not in files:
+                source.unlink(missing_ok=True)
+    if modelfile:
+        _modelfile(model_dir, files[kinds[0]], context)
+    return list(files.values())
+
+
+def _modelfile(model_dir: Path, file: Path, context: str | None) -> None:
+    config, tokenizer = load_config(model_dir), load_tokenizer(model_dir)
+    window = min(WINDOW, context_length(architecture(config), config))
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size)
+    write_modelfile(
+        file.with_name("Modelfile"),
+        file.name,
+        tokenizer,
+        vocabulary,
+        context=context,
+        window=window,
+    )
+
+
+def _require_space(model_dir: Path, out_dir: Path, kinds: list[str]) -> None:
+    entries = Checkpoint(model_dir).entries.values()
+    half = sum(2 * math.prod(entry.shape) for entry in entries)
+    direct = {"F32": 2 * half, "F16": half, "BF16": half}
+    needed = sum(direct.get(kind) or estimate(half, kind) for kind in kinds)
+    if "F16" not in kinds and any(kind in KINDS for kind in kinds):
+        needed += half
+    require_disk(out_dir, needed, ", ".join(kinds))
