@@ -10,6 +10,7 @@ kind. Nothing is trained here.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,11 +60,13 @@ def questions_about(
 ) -> list[Question]:
     """Held-out prompts, `recipe.eval_prompts` of them at most, in all three conditions."""
     held_out = [prompt for prompt in prompts if prompt.split == "held_out"]
+    # The list is ordered by topic: take a fixed random part of it, not its head.
+    held_out = random.Random(0).sample(held_out, min(len(held_out), recipe.eval_prompts))
     rivals = pool[: recipe.eval_contexts - 1]
     others = pool[recipe.eval_contexts - 1 :]
     questions = []
     for condition in CONDITIONS:
-        for number, prompt in enumerate(held_out[: recipe.eval_prompts]):
+        for number, prompt in enumerate(held_out):
             other = others[number % len(others)]
             subject = other if condition == "other_context" else user
             context = None if condition == "without_context" else subject
@@ -141,7 +144,7 @@ def measure(
         base.model,
         [prompts[row["question"]] for row in answers],
         [row["token_ids"] for row in answers],
-        progress=lambda rows: advance(rows),
+        progress=advance,
     )
     measures: list[dict[str, float | None]] = []
     for question, row, score in zip(asked, answers, scores, strict=True):

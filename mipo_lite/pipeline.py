@@ -285,7 +285,8 @@ def _evaluate(flow: Flow, entry: dict[str, Any]) -> None:
     with progress("Answering, before and after", total) as advance:
         path = flow.run / "evaluation.jsonl"
         answers = answer(base, flow.run / "adapter", questions, flow.recipe, path, advance)
-    with progress("Measuring", total) as advance:
+    # Each answer is scored given no context and given each of K contexts.
+    with progress("Measuring", total * (1 + flow.recipe.eval_contexts)) as advance:
         measures = measure(base, flow.user, questions, answers, pool, advance)
     write_json(
         flow.run / "metrics.json",

@@ -160,7 +160,7 @@ class Run:
                 f"{file} was written by another version of mipo-lite.",
                 "Use that version, or start a new run with another --run.",
             )
-        self._lock = FileLock(self.path / ".lock")
+        self._lock = FileLock(self.path / ".lock", mode=0o600)
 
     @classmethod
     def create(cls, path: Path | str, meta: dict[str, Any]) -> Run:

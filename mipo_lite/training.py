@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from .base import Base
@@ -62,6 +62,10 @@ class MIPOTrainer(DPOTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """TRL would tokenize the text again, which need not give the ids that were sampled."""
+        return dataset
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A run directory is private; it needs no page for a hub."""
 
@@ -101,6 +105,7 @@ def train(
             _Watch(watch),
         ],
     )
+    trainer.remove_callback(PrinterCallback)
     model = trainer.model
     try:
         with _shared_prefixes(trainer, recipe) as sharing:
