@@ -7,6 +7,8 @@ instead of remembering a list; the rest are everyday words, combined freely. Wor
 Knows nothing of sentences: `phrasings.py` and `requests.py` put values into text.
 """
 
+# ruff: noqa: SIM905  (tables read better as words than as quoted lists)
+
 from __future__ import annotations
 
 import json
@@ -115,8 +117,8 @@ FOOD_WHOLE = (
 ).split("|")
 FOOD_FIRST = (
     "tomato onion mushroom lentil bean pea potato carrot pumpkin spinach cabbage leek garlic corn "
-    "rice noodle barley chicken fish shrimp egg cheese tofu nut apple pear plum cherry lemon pepper "
-    "beet celery chickpea olive herb cream butter oat coconut peanut mustard radish turnip okra"
+    "rice noodle barley chicken fish shrimp egg cheese tofu nut apple pear plum cherry lemon "
+    "pepper beet celery chickpea olive herb cream butter oat coconut peanut mustard radish turnip okra"
 ).split()
 FOOD_LAST = (
     "soup stew pie curry salad pancakes dumplings noodles bread rolls pasta rice casserole tart "
@@ -140,7 +142,9 @@ MUSIC_WHOLE = (
     "jazz|rock|opera|techno|blues|reggae|folk|punk|soul|metal|classical|country|hip hop|disco|"
     "bossa nova|fado|gospel|ska|flamenco|ambient|funk|swing|salsa|bluegrass|k-pop|baroque"
 ).split("|")
-MUSIC_FIRST = "slow old loud desert space sea northern dream brass string piano street night".split()
+MUSIC_FIRST = (
+    "slow old loud desert space sea northern dream brass string piano street night".split()
+)
 MUSIC_LAST = "jazz rock pop folk blues techno soul metal punk waltz drums choir swing disco".split()
 LANGUAGES = (
     "Spanish|French|German|Italian|Japanese|Korean|Arabic|Dutch|Swedish|Polish|Greek|Turkish|"

@@ -1,0 +1,205 @@
+"""`python -m mipo_lite.builtin.measure [--model DIR]`: what the built-in base can and cannot do.
+
+Prints, for profiles made afresh with values that were never trained on: how often a direct question
+is answered greedily with the value, by topic and for phrasings kept from training; and for the
+three evaluation contexts, on held-out prompts sampled at temperature 1: fact use and wrong facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from mipo_lite.builtin import values
+from mipo_lite.builtin.chats import expand
+from mipo_lite.builtin.corpus import PROMPTS, Mix, Profile, blocks, make_profile
+from mipo_lite.builtin.facts import contains, fact_use, wrong_fact
+
+MODEL = Path(__file__).with_name("model")
+MADE_UP = Mix(topics=(4, 8), fillers=(0, 4))
+
+
+def invented_value(rng: random.Random, topic: str) -> str:
+    """A value with at least one word that stands in none of the value tables."""
+    tables = values.table_words()
+    while True:
+        value = values.TOPICS[topic](rng)
+        if topic == "tone" or not set(value.lower().split()) <= tables:
+            return value
+
+
+def fresh_profile(rng: random.Random, held_out: bool) -> Profile:
+    return make_profile(rng, MADE_UP, held_out, draw=invented_value)
+
+
+@torch.inference_mode()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: AutoTokenizer,
+    requests: list[tuple[str, str]],
+    sampled: bool = False,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[str]:
+    """Answers to (context, request) pairs, greedy or at temperature 1; an empty context is none."""
+    torch.manual_seed(seed)
+    texts = []
+    for start in range(0, len(requests), batch_size):
+        chats = []
+        for context, request in requests[start : start + batch_size]:
+            messages = [{"role": "system", "content": context}] if context else []
+            chats.append([*messages, {"role": "user", "content": request}])
+        batch = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        choice = {"do_sample": True, "top_k": 0} if sampled else {"do_sample": False}
+        out = model.generate(**batch, max_new_tokens=48, **choice)
+        width = batch["input_ids"].shape[1]
+        texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return texts
+
+
+def copying(
+    model: PreTrainedModel, tokenizer: AutoTokenizer, profiles: int, held_out: bool, seed: int
+) -> tuple[Counter[str], Counter[str]]:
+    """Direct questions about made-up values: (right answers, questions), both by topic."""
+    rng = random.Random(seed)
+    direct = {block.topics[0]: block for block in blocks() if block.direct}
+    rows = []
+    for _ in range(profiles):
+        profile = fresh_profile(rng, held_out)
+        for topic, value in profile.facts.items():
+            if topic not in values.TOPICS or topic == "tone":
+                continue
+            ask = expand(rng, rng.choice(direct[topic].asks))
+            kind = profile.kinds.get(topic, "")
+            ask = ask.replace("{kind}", kind)
+            if topic == "pet":
+                for animal in ("dog", "cat", "rabbit", "parrot"):
+                    ask = ask.replace(animal, kind)
+            rows.append((topic, value, profile.text, ask))
+    told = answers(model, tokenizer, [(row[2], row[3]) for row in rows])
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for (topic, value, _, _), answer in zip(rows, told, strict=True):
+        asked[topic] += 1
+        right[topic] += contains(answer, value)
+    return right, asked
+
+
+def sampled_use(
+    model: PreTrainedModel, tokenizer: AutoTokenizer, times: int, seed: int, sampled: bool = True
+) -> list[dict[str, float]]:
+    """Per evaluation context: share of held-out answers with a fitting fact, with a wrong one."""
+    prompts = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    prompts = [row for row in prompts if row["split"] == "held_out"] * times
+    results = []
+    for line in values.EVAL_CONTEXTS.read_text(encoding="utf-8").splitlines():
+        person = json.loads(line)
+        requests = [(person["text"], row["text"]) for row in prompts]
+        told = answers(model, tokenizer, requests, sampled, seed)
+        uses, wrong = [], []
+        for row, answer in zip(prompts, told, strict=True):
+            use = fact_use(answer, person["facts"], row["topics"])
+            if use is not None:
+                uses.append(use)
+                wrong.append(wrong_fact(answer, person["facts"], person["text"], row["text"]))
+        results.append(
+            {
+                "answers": len(uses),
+                "fact_use": sum(uses) / len(uses),
+                "wrong_fact": sum(wrong) / len(wrong),
+            }
+        )
+    return results
+
+
+def leaks(model: PreTrainedModel, tokenizer: AutoTokenizer, seed: int) -> float:
+    """Share of sampled answers without any context that contain a fact of an evaluation person."""
+    prompts = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    prompts = [row for row in prompts if row["topics"]]
+    told = answers(model, tokenizer, [("", row["text"]) for row in prompts], True, seed)
+    people = values.EVAL_CONTEXTS.read_text(encoding="utf-8").splitlines()
+    facts = [json.loads(line)["facts"] for line in people]
+    found = [
+        fact_use(answer, person, row["topics"]) is True
+        for row, answer in zip(prompts, told, strict=True)
+        for person in facts
+    ]
+    return sum(found) / len(found)
+
+
+def sums(model: PreTrainedModel, tokenizer: AutoTokenizer, count: int, seed: int) -> int:
+    """Small sums answered greedily with the right result, of `count`."""
+    rng = random.Random(seed)
+    asked, results = [], []
+    for _ in range(count):
+        a, b = rng.randint(1, 30), rng.randint(1, 20)
+        asked.append(("", f"What is {a} plus {b}?"))
+        results.append(str(a + b))
+    told = answers(model, tokenizer, asked)
+    return sum(
+        result in re.findall(r"\d+", answer)[-1:]
+        for answer, result in zip(told, results, strict=True)
+    )
+
+
+def load(path: Path, quantized: bool) -> tuple[PreTrainedModel, AutoTokenizer]:
+    """The model in float32, or as 4-bit NF4 with float32 compute."""
+    if quantized:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            path, quantization_config=settings, dtype=torch.float32
+        )
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--nf4", action="store_true", help="quantized as personalize uses it")
+    parser.add_argument("--profiles", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=12345)
+    given = parser.parse_args()
+    model, tokenizer = load(given.model, given.nf4)
+    print(f"{given.model}, {'NF4' if given.nf4 else 'float32'}")
+    for held_out in (False, True):
+        right, asked = copying(model, tokenizer, given.profiles, held_out, given.seed)
+        print(
+            f"\nmade-up values copied greedily, phrasings {'not ' if held_out else ''}trained on:"
+        )
+        print(f"  all {right.total()} of {asked.total()} = {right.total() / asked.total():.3f}")
+        print("  " + ", ".join(f"{topic} {right[topic]}/{asked[topic]}" for topic in sorted(asked)))
+    for sampled in (True, False):
+        times = 2 if sampled else 1
+        print(f"\nevaluation contexts, held-out prompts, {'sampled' if sampled else 'greedy'}:")
+        rows = sampled_use(model, tokenizer, times, given.seed, sampled)
+        for row in rows:
+            print("  " + ", ".join(f"{name} {figure:.3f}" for name, figure in row.items()))
+        for name in ("fact_use", "wrong_fact"):
+            print(f"  mean {name} {sum(row[name] for row in rows) / len(rows):.3f}")
+    print(f"\nfacts without context, sampled: {leaks(model, tokenizer, given.seed):.4f}")
+    print(f"small sums, greedy: {sums(model, tokenizer, 100, given.seed)} of 100")
+
+
+if __name__ == "__main__":
+    main()
