@@ -16,7 +16,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any
@@ -41,26 +40,6 @@ _MENTION = re.compile(_ITEM + r"|\b(?P<bare>[B-J]|A(?!\s+(?!(?:or|and)\b)[a-z]))
 _EXPLAINED = r"A(?!\s+(?!(?:because|since|as|and|for|so|from)\b)[a-z])"
 _MARKED_MENTION = re.compile(_ITEM + rf"|\b(?P<bare>[B-J]|{_EXPLAINED})\b", re.M)
 _OPENING = re.compile(r"^\s*[(\[]?(?P<letter>[A-Ja-j])(?:[).:\]]|\s+[-–—]\s|\s*$)", re.M)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What a right answer is.
-
-    Attributes:
-        answer: a number as "7/2" or "12", a letter when there are choices, else text.
-        choices: the texts of the choices, A first; () for a free answer.
-    """
-
-    answer: str
-    choices: tuple[str, ...] = ()
-
-    def as_row(self) -> dict[str, Any]:
-        return {"answer": self.answer, "choices": list(self.choices)}
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Reference:
-        return cls(row["answer"], tuple(row["choices"]))
 
 
 def find_answer(response: str, choices: Sequence[str] = ()) -> str | None:
@@ -90,15 +69,12 @@ def reference_answer(solution: str) -> str:
     return _canonical(marked if marked is not None else text)
 
 
-def is_right(answer: str | None, reference: Reference) -> bool:
-    """Whether what `find_answer` found is the reference's answer. No answer is not right."""
-    if answer is None:
-        return False
-    if answer == reference.answer:
-        return True
-    if reference.choices:
-        return False
-    return _equal_expressions(answer, reference.answer)
+def is_right(answer: str | None, reference: str) -> bool:
+    """Whether `find_answer` found the reference's answer: the same number, letter or text.
+
+    No answer is not right.
+    """
+    return answer is not None and (answer == reference or _equal_expressions(answer, reference))
 
 
 def majority(answers: Sequence[str | None]) -> str | None:

@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import random
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .answers import CHOICE_LABELS, Reference, parse_choice, reference_answer
+from .answers import CHOICE_LABELS, parse_choice, reference_answer
 from .contexts import Split
 from .errors import UsageError, UserError
 from .problem_files import BadRow, Row, read_rows
+from .prompts import Prompt
 
 # Looked for in this order, in any case; the first that the file has is taken.
 QUESTION_COLUMNS = ("question", "problem", "prompt", "question_stem", "text")
@@ -40,15 +41,33 @@ class Problem:
 
     Attributes:
         text: what the model is asked, with the choices if there are any.
-        answer: what the evaluation compares with; None when the file gives none that is usable.
         line: where it stands in the file, from 1.
+        choices: their texts, A first; () for a free answer.
+        answer: what the evaluation compares with, a number as "7/2" or "12", a letter where there
+            are choices, else text; None when the file gives none that is usable.
     """
 
     id: str
     text: str
-    answer: Reference | None
     line: int
+    choices: tuple[str, ...] = ()
+    answer: str | None = None
     split: Split = "train"
+
+    @property
+    def prompt(self) -> Prompt:
+        """The question as what is trained on: without its answer."""
+        return Prompt(self.id, self.text, split=self.split)
+
+    def as_row(self) -> dict[str, Any]:
+        """A line of the run's problems.jsonl; the answer is kept in a file of its own."""
+        names = ("id", "text", "line", "split")
+        return {name: getattr(self, name) for name in names} | {"choices": list(self.choices)}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], answer: str | None = None) -> Problem:
+        choices = tuple(row["choices"])
+        return cls(row["id"], row["text"], row["line"], choices, answer, row["split"])
 
 
 @dataclass(frozen=True)
@@ -188,22 +207,17 @@ def _problem(
         letters = CHOICE_LABELS[: len(choices)]
         text = "\n".join([question, *map("{}. {}".format, letters, choices)])
     given = read_answer(row)
-    answer = None
-    why = None
+    answer = why = None
     if given is None or not str(given).strip():
         why = "no answer"
     elif choices:
-        letter = parse_choice(given, labels, choices)
-        if letter is None:
-            why = "the answer is none of the choices"
-        else:
-            answer = Reference(letter, choices)
+        answer = parse_choice(given, labels, choices)
+        why = "the answer is none of the choices" if answer is None else None
     else:
-        answer = Reference(reference_answer(str(given)))
+        answer = reference_answer(str(given))
     row_id = _value(row, ID_COLUMNS)
-    return Problem(
-        str(row_id) if row_id is not None else f"q{row.line}", text, answer, row.line
-    ), why
+    name = f"q{row.line}" if row_id is None else str(row_id)
+    return Problem(name, text, row.line, choices, answer), why
 
 
 def _question_reader(path: Path, rows: Sequence[Row], given: str | None) -> Callable[[Row], str]:
@@ -308,10 +322,3 @@ def _columns(columns: set[str]) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def rows_of(problems: Sequence[Problem]) -> Iterator[dict[str, Any]]:
-    """Lines of the run's answers.jsonl: what only the evaluation reads."""
-    for problem in problems:
-        if problem.answer is not None:
-            yield {"id": problem.id, **problem.answer.as_row()}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from mipo_lite.answers import Reference
 from mipo_lite.errors import UsageError, UserError
 from mipo_lite.problem_files import LONGEST_LINE
 from mipo_lite.problems import (
@@ -37,29 +36,32 @@ def only(path: Path) -> Problem:
 @pytest.mark.parametrize(
     ("row", "text", "answer"),
     [
-        ({"question": "2+2?", "answer": "It is\n#### 4"}, "2+2?", Reference("4")),
-        ({"Problem": "2+2?", "solution": "$\\boxed{4}$"}, "2+2?", Reference("4")),
+        ({"question": "2+2?", "answer": "It is\n#### 4"}, "2+2?", "4"),
+        ({"Problem": "2+2?", "solution": "$\\boxed{4}$"}, "2+2?", "4"),
         ({"prompt": "2+2?"}, "2+2?", None),
         ({"Body": "I have 2", "Question": "How many?", "Answer": 2.0}, "I have 2. How many?",
-         Reference("2")),
+         "2"),
         # MMLU, and MMLU as Hugging Face has it
         ({"question": "Q?", "A": "x", "B": "y", "C": "z", "D": "w", "answer": "C"},
-         "Q?\nA. x\nB. y\nC. z\nD. w", Reference("C", ("x", "y", "z", "w"))),
+         "Q?\nA. x\nB. y\nC. z\nD. w", "C"),
         ({"question": "Q?", "choices": ["x", "y"], "answer": 1}, "Q?\nA. x\nB. y",
-         Reference("B", ("x", "y"))),
+         "B"),
         # ARC as Hugging Face has it, with digits as labels, and as first published
         ({"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]},
-          "answerKey": "B"}, "Q?\nA. x\nB. y", Reference("B", ("x", "y"))),
+          "answerKey": "B"}, "Q?\nA. x\nB. y", "B"),
         ({"question": "Q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]},
-          "answerKey": "1"}, "Q?\nA. x\nB. y", Reference("A", ("x", "y"))),
+          "answerKey": "1"}, "Q?\nA. x\nB. y", "A"),
         ({"question": {"stem": "Q?", "choices": [{"text": "x", "label": "A"},
                                                   {"text": "y", "label": "B"}]},
-          "answerKey": "A"}, "Q?\nA. x\nB. y", Reference("A", ("x", "y"))),
+          "answerKey": "A"}, "Q?\nA. x\nB. y", "A"),
     ],
 )  # fmt: skip
-def test_layouts(tmp_path: Path, row: object, text: str, answer: Reference | None) -> None:
+def test_layouts(tmp_path: Path, row: object, text: str, answer: str | None) -> None:
     problem = only(write(tmp_path / "q.jsonl", row))
     assert (problem.text, problem.answer) == (text, answer)
+    assert problem.choices == tuple(line[3:] for line in text.split("\n")[1:])
+    assert "answer" not in problem.as_row()
+    assert Problem.from_row(problem.as_row(), answer) == problem
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -72,13 +74,13 @@ def test_csv(tmp_path: Path) -> None:
     first, second = parse_problems(path).problems
     assert (first.id, first.line) == ("7", 2)
     assert first.text == "Two lines,\nwith a comma?\nA. x\nB. y"
-    assert first.answer == Reference("B", ("x", "y"))
-    assert (second.line, second.answer) == (4, Reference("A", ("p", "q")))
+    assert first.answer == "B"
+    assert (second.line, second.answer) == (4, "A")
 
 
 def test_csv_of_mmlu_has_no_header(tmp_path: Path) -> None:
     path = write(tmp_path / "q.csv", "Q one?,1,2,3,4,C", "Q two?,1,2,3,4,A")
-    assert [problem.answer.answer for problem in parse_problems(path).problems] == ["C", "A"]
+    assert [problem.answer for problem in parse_problems(path).problems] == ["C", "A"]
 
 
 def test_json_array_and_plain_text(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_json_array_and_plain_text(tmp_path: Path) -> None:
 def test_named_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", {"question": "no", "Ask": "Yes?", "Key": "5"})
     found = parse_problems(path, "Ask", "key")
-    assert (found.problems[0].text, found.problems[0].answer) == ("Yes?", Reference("5"))
+    assert (found.problems[0].text, found.problems[0].answer) == ("Yes?", "5")
     with pytest.raises(UsageError, match="no column 'asked'"):
         parse_problems(path, "asked")
     with pytest.raises(UsageError, match="no question column"):
@@ -202,7 +204,7 @@ def test_normalized() -> None:
 
 
 def problems(*texts: str) -> list[Problem]:
-    return [Problem(f"q{n}", text, None, n) for n, text in enumerate(texts, start=1)]
+    return [Problem(f"q{n}", text, n) for n, text in enumerate(texts, start=1)]
 
 
 def test_split_is_disjoint() -> None:
@@ -240,7 +242,7 @@ def test_shipped_examples() -> None:
     for found in (math, choices):
         assert not found.bad
         assert not found.unscored
-    assert all(problem.answer.choices for problem in choices.problems)
+    assert all(problem.choices for problem in choices.problems)
 
 
 def test_answers_of_the_math_example() -> None:
