@@ -55,39 +55,47 @@ def merge(
             `out_dir` holds files that are not ours to remove.
     """
     base_dir, out_dir = Path(base_dir), Path(out_dir)
-    base, adapter = Checkpoint(base_dir), load_adapter(adapter_dir)
-    check_fit(base, adapter)
-    _check_target(base, adapter, out_dir)
-    require_disk(out_dir, base.nbytes, "the merged model")
-    quantized = quantized_weights(base_dir) if onto == "dequantized" else set()
-    bar = progress("merging", len(base.entries)) if progress else nullcontext(lambda n: None)
+    merged = MergedCheckpoint(base_dir, adapter_dir, onto)
+    _check_target(merged, out_dir)
+    require_disk(out_dir, merged.nbytes, "the merged model")
+    bar = progress("merging", len(merged.entries)) if progress else nullcontext(lambda n: None)
     with atomic_directory(out_dir) as partial, bar as advance:
         for file in small_files(base_dir):
             shutil.copyfile(file, partial / file.name)
         index = base_dir / "model.safetensors.index.json"
         if index.is_file():
             shutil.copyfile(index, partial / index.name)
-        _copy_missing_template(adapter.path, partial)
-        for file in base.files:
-            _merge_shard(base, file, adapter, quantized, partial / file.name, advance)
+        _copy_missing_template(merged.adapter.path, partial)
+        for file in merged.files:
+            _merge_shard(merged, file, partial / file.name, advance)
     return out_dir
 
 
-def merged_tensor(
-    weight: torch.Tensor, adapter: Adapter, name: str, *, quantized: bool = False
-) -> torch.Tensor:
-    """`weight` with the adapter's update, in the dtype of `weight`.
+class MergedCheckpoint(Checkpoint):
+    """The tensors of base + adapter, each merged when it is read; names, shapes, dtypes stay."""
 
-    Args:
-        weight: the stored tensor called `name`.
-        quantized: take it through NF4 and back first.
-    """
-    merged = adapter.replaced.get(name, weight).float()
-    if quantized:
-        merged = nf4_round_trip(merged)
-    if name in adapter.pairs:
-        merged = merged + adapter.pairs[name].delta()
-    return merged.to(weight.dtype)
+    def __init__(self, base_dir: Path | str, adapter_dir: Path | str, onto: Onto = "full") -> None:
+        """Raises UserError as `merge`."""
+        super().__init__(base_dir)
+        self.adapter = load_adapter(adapter_dir)
+        check_fit(self, self.adapter)
+        self._quantized = quantized_weights(self.directory) if onto == "dequantized" else set()
+
+    def changes(self, name: str) -> bool:
+        """Whether the tensor differs from the base's."""
+        changed = name in self.adapter.pairs or name in self.adapter.replaced
+        return changed or name in self._quantized
+
+    def read(self, name: str) -> torch.Tensor:
+        weight = super().read(name)
+        if not self.changes(name):
+            return weight
+        merged = self.adapter.replaced.get(name, weight).float()
+        if name in self._quantized:
+            merged = nf4_round_trip(merged)
+        if name in self.adapter.pairs:
+            merged += self.adapter.pairs[name].delta()
+        return merged.to(weight.dtype)
 
 
 def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
@@ -149,22 +157,17 @@ def check_fit(base: Checkpoint, adapter: Adapter) -> None:
 
 
 def _merge_shard(
-    base: Checkpoint,
-    file: Path,
-    adapter: Adapter,
-    quantized: set[str],
-    target: Path,
-    advance: Callable[[int], None],
+    merged: MergedCheckpoint, file: Path, target: Path, advance: Callable[[int], None]
 ) -> None:
     # Shapes and dtypes stay, so the shard's header stays; the safetensors package can only write
     # a shard that is in memory as a whole.
     with file.open("rb") as source, target.open("wb") as out:
         copy_bytes(source, out, header_size(file))
-        for name, entry in base.in_file_order(file):
+        for name, entry in merged.in_file_order(file):
             if entry.start != out.tell():
                 raise UserError(f"{file} has gaps between its tensors.", "Save it again.")
-            if name in adapter.pairs or name in adapter.replaced or name in quantized:
-                tensor = merged_tensor(base.read(name), adapter, name, quantized=name in quantized)
+            if merged.changes(name):
+                tensor = merged.read(name)
                 assert tensor.dtype == DTYPES[entry.dtype]
                 out.write(tensor.contiguous().view(torch.uint8).numpy().data)
             else:
@@ -183,12 +186,13 @@ def _copy_missing_template(adapter_dir: Path, target: Path) -> None:
             shutil.copyfile(adapter_dir / name, target / name)
 
 
-def _check_target(base: Checkpoint, adapter: Adapter, out_dir: Path) -> None:
-    if out_dir.resolve() in (base.directory.resolve(), adapter.path.resolve()):
+def _check_target(merged: MergedCheckpoint, out_dir: Path) -> None:
+    base, adapter = merged.directory, merged.adapter.path
+    if out_dir.resolve() in (base.resolve(), adapter.resolve()):
         raise UserError(f"{out_dir} is what is being merged.", "Choose another --out.")
     if not out_dir.exists():
         return
-    ours = {file.name for file in (*small_files(base.directory), *base.files)}
+    ours = {file.name for file in (*small_files(base), *merged.files)}
     ours |= {"model.safetensors.index.json", "chat_template.jinja", "chat_template.json"}
     if not out_dir.is_dir() or any(file.name not in ours for file in out_dir.iterdir()):
         raise UserError(f"{out_dir} exists and is not a merged model.", "Choose another --out.")

@@ -79,12 +79,19 @@ def byte_level_tokenizer(split: str = QWEN2_SPLIT, size: int = VOCAB) -> PreTrai
 
 
 def random_model(config: PreTrainedConfig, seed: int = 0, std: float = 0.08) -> Any:
-    """A float32 model whose weights, biases and norms are all random."""
+    """A float32 model whose weights, biases and norms are all random.
+
+    Embeddings and head are drawn so that logits have a standard deviation of about 4; Gemma scales
+    its embeddings by sqrt(hidden), so its next token would only ever be the last one again.
+    """
+    wide = 0.1 if "gemma" in config.model_type else 0.25
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+        elif "embed_tokens" in name or "lm_head" in name:
+            torch.nn.init.normal_(parameter, std=wide)
         else:
             torch.nn.init.normal_(parameter, std=std)
     return model

@@ -68,7 +68,9 @@ def test_untied_head_and_embeddings(tmp_path: Path) -> None:
     merge(base, lora, tmp_path / "merged")
     ours, theirs = weights(tmp_path / "merged"), by_peft(base, lora)
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
+        # PEFT keeps A and B of an embedding in bfloat16 and rounds their product too.
+        bound = 2**-7 if name == "model.embed_tokens.weight" else 0
+        torch.testing.assert_close(tensor, theirs[name], rtol=bound, atol=bound / 4)
     assert not torch.equal(ours["lm_head.weight"], weights(base)["lm_head.weight"])
 
 

@@ -1,12 +1,13 @@
 """GGUF export that proves itself, without a llama.cpp checkout.
 
-`export` writes one file, `quantize` makes a smaller one of it, `export_model` does both for a list
-of types. Every file is read back by llama.cpp before it gets its name.
+`export_model` writes the files a user gets, `export_lora` the adapter alone. The steps are in
+modules of their own: `export.export` writes one file, `quantize.quantize` makes a smaller one of
+it, `imatrix` measures what matters, `verify` compares with torch. Every file is read back by
+llama.cpp before it gets its name.
 """
 
 from .deliver import export_model
-from .export import export
+from .lora import export_lora
 from .modelfile import start_lines
-from .quantize import KINDS, quantize
 
-__all__ = ["KINDS", "export", "export_model", "quantize", "start_lines"]
+__all__ = ["export_lora", "export_model", "start_lines"]

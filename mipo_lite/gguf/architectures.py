@@ -49,6 +49,7 @@ class Architecture:
         free_head_dim: the size of a head need not be hidden / heads.
         sliding: layers may attend to a window only; without it the context is cut to the window.
         nope_every: every n-th layer has no position encoding (0: none is without).
+        activation: of the gated MLP, as transformers calls it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Architecture:
     free_head_dim: bool = True
     sliding: bool = False
     nope_every: int = 0
+    activation: str = "silu"
 
 
 LLAMA = Architecture(
@@ -83,6 +85,7 @@ GEMMA3 = Architecture(
     },
     norm_offset=1.0,
     sliding=True,
+    activation="gelu_pytorch_tanh",
 )
 
 # model_type of config.json -> family. SmolLM2 and Llama 2 to 3.3 call themselves llama.
@@ -248,9 +251,8 @@ def _check(family: Architecture, config: Any) -> None:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append("partial rotary embedding")
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    wanted = "gelu_pytorch_tanh" if family is GEMMA3 else "silu"
-    if activation != wanted:
-        problems.append(f"activation {activation} instead of {wanted}")
+    if activation != family.activation:
+        problems.append(f"activation {activation} instead of {family.activation}")
     if not family.free_head_dim and head_dim(config) * config.num_attention_heads != (
         config.hidden_size
     ):
@@ -259,7 +261,7 @@ def _check(family: Architecture, config: Any) -> None:
         int((i + 1) % family.nope_every != 0) for i in range(config.num_hidden_layers)
     ]:
         problems.append(f"no_rope_layers other than every {family.nope_every}th")
-    if family is GEMMA3:
+    if family.name == GEMMA3.name:
         # llama.cpp derives the scale from the shape, and takes 62 layers for the 27B model.
         is_27b = config.num_hidden_layers == 62
         per_head = config.hidden_size // config.num_attention_heads

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoint import Checkpoint
 from ..disk import require_disk
 from ..errors import UsageError
-from ..merging import Progress
+from ..merging import Onto, Progress
 from .architectures import architecture, context_length
 from .export import OUTTYPES, export, load_config
 from .modelfile import write_modelfile
@@ -25,6 +25,8 @@ def export_model(
     name: str,
     *,
     quants: Sequence[str] = ("Q4_K_M",),
+    adapter_dir: Path | str | None = None,
+    onto: Onto = "full",
     context: str | None = None,
     modelfile: bool = True,
     imatrix: Imatrix | None = None,
@@ -35,8 +37,10 @@ def export_model(
     K- and IQ-types are made from an F16 file, which stays only when it was asked for.
 
     Args:
-        model_dir: a Hugging Face directory with everything merged.
+        model_dir: a Hugging Face directory.
         quants: F32, F16, BF16 or a key of `quantize.KINDS`, in any case.
+        adapter_dir: a LoRA adapter to merge on the way; None when `model_dir` is merged already.
+        onto: as in `merging.merge`.
         context: the user's page; goes into the Modelfile as system message.
         modelfile: False leaves the Modelfile of the directory alone.
         imatrix: importance matrix for the quantized types.
@@ -58,15 +62,27 @@ def export_model(
     _require_space(model_dir, out_dir, kinds)
     out_dir.mkdir(parents=True, exist_ok=True)
     files = {kind: out_dir / f"{name}-{kind}.gguf" for kind in kinds}
+
+    def write(path: Path, outtype: str = "f16") -> None:
+        export(
+            model_dir,
+            path,
+            outtype=outtype,
+            adapter_dir=adapter_dir,
+            onto=onto,
+            name=name,
+            progress=progress,
+        )
+
     for kind in kinds:
         if kind.lower() in OUTTYPES:
-            export(model_dir, files[kind], outtype=kind.lower(), name=name, progress=progress)
+            write(files[kind], kind.lower())
     coarse = [kind for kind in kinds if kind in KINDS]
     if coarse:
         source = files.get("F16", out_dir / f".{name}-F16.partial")
         try:
             if "F16" not in files:
-                export(model_dir, source, name=name, progress=progress)
+                write(source)
             for kind in coarse:
                 quantize(source, files[kind], kind, imatrix=imatrix, progress=progress)
         finally:

@@ -18,7 +18,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..disk import require_disk
 from ..errors import UsageError, UserError
-from ..merging import Progress
+from ..merging import MergedCheckpoint, Onto, Progress
 from ..run import atomic_write
 from .architectures import (
     Architecture,
@@ -43,6 +43,8 @@ def export(
     out_path: Path | str,
     *,
     outtype: str = "f16",
+    adapter_dir: Path | str | None = None,
+    onto: Onto = "full",
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Vocabulary:
@@ -53,6 +55,8 @@ def export(
 
     Args:
         outtype: f32, f16 or bf16.
+        adapter_dir: a LoRA adapter to merge on the way, without a merged directory on disk.
+        onto: as in `merging.merge`.
         name: general.name of the file; the directory's name by default.
         progress: e.g. `console.progress`; counts tensors.
 
@@ -66,7 +70,8 @@ def export(
     model_dir, out_path = Path(model_dir), Path(out_path)
     if outtype not in OUTTYPES:
         raise UsageError(f"There is no output type {outtype}.", f"Known are {', '.join(OUTTYPES)}.")
-    checkpoint, config = Checkpoint(model_dir), load_config(model_dir)
+    checkpoint = open_checkpoint(model_dir, adapter_dir, onto)
+    config = load_config(model_dir)
     family, tokenizer = architecture(config), load_tokenizer(model_dir)
     vocabulary = read_vocabulary(tokenizer, config.vocab_size)
     names = _names(checkpoint, family, config)
@@ -99,6 +104,15 @@ def export(
         writer.close()
         prove_tokenizer(partial, tokenizer, vocabulary)
     return vocabulary
+
+
+def open_checkpoint(
+    model_dir: Path, adapter_dir: Path | str | None, onto: Onto = "full"
+) -> Checkpoint:
+    """The tensors to export, merged with the adapter if there is one."""
+    if adapter_dir is None:
+        return Checkpoint(model_dir)
+    return MergedCheckpoint(model_dir, adapter_dir, onto)
 
 
 def load_config(model_dir: Path) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import UserError
 
@@ -102,18 +103,80 @@ def is_end(llama: llama_cpp.Llama, token: int) -> bool:
     return bool(llama_cpp.llama_vocab_is_eog(vocab, token))
 
 
-def logits(llama: llama_cpp.Llama, tokens: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Next-token logits at every position, [len(tokens), vocabulary].
+class Reader:
+    """Evaluates token rows one after another; a prefix shared with the row before is kept.
 
-    Needs a `llama` that was opened with `logits_all=True` and room for the tokens.
+    Uses the C interface, because `Llama` either computes no logits or stores those of all
+    positions, which for a long context and a large vocabulary is more than the model.
     """
-    llama.reset()
-    llama.eval(tokens)
-    return np.asarray(llama.scores[: len(tokens)])
+
+    def __init__(self, llama: llama_cpp.Llama) -> None:
+        self._context = llama.ctx
+        self._memory = llama_cpp.llama_get_memory(llama.ctx)
+        self._size = min(llama.n_batch, llama.n_ctx())
+        self._window = llama.n_ctx()
+        self._vocab = llama.n_vocab()
+        self._past: list[int] = []
+
+    def logits(self, prompt: list[int], response: list[int]) -> NDArray[np.float32]:
+        """Logits that predict each response token, [len(response), vocabulary].
+
+        Raises ValueError when the row is longer than the context of the `Llama`.
+        """
+        tokens, first = prompt + response[:-1], len(prompt) - 1
+        if len(tokens) > self._window:
+            raise ValueError(f"row of {len(tokens)} tokens, context of {self._window}")
+        kept = min(_common(self._past, tokens), first)
+        # Sliding-window caches forget what a shorter prefix would need: then all is done again.
+        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, kept, -1):
+            llama_cpp.llama_memory_clear(self._memory, True)
+            kept = 0
+        found: list[NDArray[np.float32]] = []
+        batch = llama_cpp.llama_batch_init(self._size, 0, 1)
+        try:
+            for start in range(kept, len(tokens), self._size):
+                found += self._decode(batch, tokens, start, first)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        self._past = tokens
+        return np.stack(found)
+
+    def _decode(
+        self, batch: Any, tokens: list[int], start: int, first: int
+    ) -> list[NDArray[np.float32]]:
+        places = range(start, min(start + self._size, len(tokens)))
+        batch.n_tokens = len(places)
+        for i, place in enumerate(places):
+            batch.token[i], batch.pos[i] = tokens[place], place
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = place >= first
+        if llama_cpp.llama_decode(self._context, batch) != 0:
+            self._past = []
+            raise UserError(f"llama.cpp failed: {last_words()}", "Use a smaller context.")
+        shape = (self._vocab,)
+        return [
+            np.ctypeslib.as_array(
+                llama_cpp.llama_get_logits_ith(self._context, i), shape=shape
+            ).copy()
+            for i, place in enumerate(places)
+            if place >= first
+        ]
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common prefix."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def threads() -> int:
-    """How many threads llama.cpp may use: the processors that this process may run on."""
+    """How many threads llama.cpp may use: OMP_NUM_THREADS, else the processors of this process.
+
+    Its threads wait for each other by spinning, so more of them than free processors is slow.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

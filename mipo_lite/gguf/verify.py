@@ -1,0 +1,179 @@
+"""Is the file the model that was trained? Next-token distributions of both, position by position.
+
+The reference is the model in torch (or another GGUF file); its distributions are computed first
+and kept, so that never two models are in memory. Positions are capped, because a distribution over
+a large vocabulary is large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..contexts import Messages, encode_prompt
+from .llama import Reader, encode, is_end, open_gguf
+from .template import ChatTemplate
+
+Row: TypeAlias = tuple[list[int], list[int]]  # prompt ids, response ids
+Distributions: TypeAlias = list[NDArray[np.float32]]  # a row: [response, vocabulary], log-probs
+
+MAX_BYTES = 512 << 20  # of kept distributions
+
+
+def cap_rows(rows: Sequence[Row], vocabulary: int) -> list[Row]:
+    """As many of the first rows as fit into `MAX_BYTES`, at least one."""
+    room = MAX_BYTES // (4 * vocabulary)
+    kept: list[Row] = []
+    for prompt, response in rows:
+        if response and (not kept or sum(len(r) for _, r in kept) + len(response) <= room):
+            kept.append((prompt, response[:room]))
+    return kept
+
+
+def torch_distributions(model: Any, rows: Sequence[Row]) -> Distributions:
+    """Log-probs of a transformers model at every response position; plain, row by row."""
+    result = []
+    for prompt, response in rows:
+        tokens = torch.tensor([prompt + response[:-1]], device=model.device)
+        with torch.no_grad():
+            logits = model(tokens, logits_to_keep=len(response)).logits[0]
+        result.append(logits.float().log_softmax(-1).cpu().numpy())
+    return result
+
+
+def gguf_distributions(
+    path: Path | str, rows: Sequence[Row], *, lora: Path | str | None = None, exact: bool = False
+) -> Iterator[NDArray[np.float32]]:
+    """The same from a GGUF file in llama.cpp, a row at a time.
+
+    Args:
+        lora: a LoRA GGUF on top.
+        exact: keep keys and values in float32 instead of float16.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    options: dict[str, Any] = {"n_ctx": longest + 8, "lora_path": str(lora) if lora else None}
+    if exact:
+        options |= {"type_k": 0, "type_v": 0}  # GGML_TYPE_F32
+    with open_gguf(path, **options) as llama:
+        reader = Reader(llama)
+        for prompt, response in rows:
+            yield log_softmax(reader.logits(prompt, response))
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def divergence(p: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.float32]:
+    """KL(p || q) in nats at every position, of log-probs [positions, vocabulary]."""
+    result: NDArray[np.float32] = (np.exp(p) * (p - q)).sum(-1)
+    return result
+
+
+def agreement(reference: Distributions, other: Iterator[NDArray[np.float32]]) -> dict[str, Any]:
+    """How close `other` is to `reference`.
+
+    Returns:
+        positions; greedy_agreement, the share of positions with the same most likely token;
+        mean_kl and p99_kl, KL(reference || other) in nats; max_difference of log-probs.
+    """
+    kl, same, largest = [], [], 0.0
+    for p, q in zip(reference, other, strict=True):
+        kl.append(divergence(p, q))
+        same.append(p.argmax(-1) == q.argmax(-1))
+        largest = max(largest, float(np.abs(p - q).max()))
+    kls = np.concatenate(kl)
+    return {
+        "positions": len(kls),
+        "greedy_agreement": float(np.concatenate(same).mean()),
+        "mean_kl": max(0.0, float(kls.mean())),
+        "p99_kl": max(0.0, float(np.quantile(kls, 0.99))),
+        "max_difference": largest,
+    }
+
+
+def self_check(
+    path: Path | str,
+    tokenizer: Any,
+    chats: Sequence[Messages],
+    responses: Sequence[list[int]],
+    reference: Distributions,
+    *,
+    max_new_tokens: int = 256,
+) -> dict[str, Any]:
+    """Everything a user may ask of an exported file, for metrics.json.
+
+    Args:
+        tokenizer: of the merged model.
+        chats: the user's held-out prompts with the context, as messages.
+        responses: token ids of an answer to each.
+        reference: `torch_distributions` of the merged model on `check_rows` of the same.
+        max_new_tokens: of the greedy answers that have to end by themselves.
+
+    Returns:
+        What `agreement` returns, and: file, bytes; template_equal, whether llama.cpp's side
+        renders and encodes every chat as the tokenizer does; answers and ended, how many greedy
+        answers were asked for and how many of them stopped at an end token.
+    """
+    path = Path(path)
+    rows = check_rows(tokenizer, chats, responses)
+    result: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
+    result |= agreement(reference, gguf_distributions(path, rows))
+    prompts = [encode_prompt(tokenizer, chat) for chat in chats]
+    longest = max(map(len, prompts)) + max_new_tokens
+    with open_gguf(path, n_ctx=longest) as llama:
+        template = ChatTemplate(llama)
+        rendered = [template.apply_chat_template(chat, answer=True) for chat in chats]
+        result["template_equal"] = [encode(llama, text) for text in rendered] == prompts
+        ended = 0
+        for prompt in prompts[:8]:
+            answer = llama.generate(prompt, temp=0.0, repeat_penalty=1.0)
+            tokens = (token for _, token in zip(range(max_new_tokens), answer, strict=False))
+            ended += any(is_end(llama, token) for token in tokens)
+    return result | {"answers": min(8, len(prompts)), "ended": ended}
+
+
+def check_rows(
+    tokenizer: Any, chats: Sequence[Messages], responses: Sequence[list[int]]
+) -> list[Row]:
+    """The rows that a check compares, capped for the tokenizer's vocabulary."""
+    prompts = (encode_prompt(tokenizer, chat) for chat in chats)
+    return cap_rows(list(zip(prompts, responses, strict=True)), len(tokenizer))
+
+
+def imatrix_gain(
+    f16: Path | str, without: Path | str, with_imatrix: Path | str, rows: Sequence[Row]
+) -> dict[str, float]:
+    """Mean KL to the F16 file of the same quantization without and with an importance matrix."""
+    reference = list(gguf_distributions(f16, rows))
+    return {
+        name: agreement(reference, gguf_distributions(path, rows))["mean_kl"]
+        for name, path in (("without", without), ("with", with_imatrix))
+    }
+
+
+def merge_fidelity(
+    policy: Any, merged: Mapping[str, Path], rows: Sequence[Row]
+) -> dict[str, dict[str, Any]]:
+    """How closely merged directories reproduce the trained policy, in torch.
+
+    Args:
+        policy: 4-bit base with the adapter, as trained.
+        merged: "full" and "dequantized" -> merged directory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    reference = torch_distributions(policy, rows)
+    result = {}
+    for name, path in merged.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=policy.dtype).to(policy.device)
+        result[name] = agreement(reference, iter(torch_distributions(model.eval(), rows)))
+    return result
