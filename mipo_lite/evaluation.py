@@ -1,38 +1,39 @@
 """Before and after: what the adapter changed, on prompts it was never trained on.
 
 The base and the policy (base + adapter) answer the same held-out prompts with the same seeds in
-three conditions: with the user's context, with none, and with another persona's. The frozen base
-judges how much an answer tells about the context: PMI, and which of K contexts explains it best.
-That is close to what was optimized; facts and words found in the answers are evidence of another
-kind. Nothing is trained here.
+four conditions: with the user's context where it may matter and where it does not, with none, and
+with another persona's. `evidence` then says what the answers show. Nothing is trained here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import product
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from .base import Base
-from .builtin.facts import fact_use, wrong_fact
-from .contexts import Persona
-from .metrics import compare, distinct_n, own_words, words
-from .prompts import Condition, Prompt
+from .console import progress
+from .contexts import Persona, persona_pool
+from .evidence import measure, summarize
+from .prompts import Condition, Prompt, shipped_prompts
 from .recipe import Recipe
-from .run import append_jsonl, read_jsonl, truncate_jsonl
+from .run import append_jsonl, atomic_write, read_jsonl, truncate_jsonl
 from .sampling import SampleRequest, sample
-from .scoring import score_matrix
+from .scoring import response_logprobs
+from .verdict import conclude
 
-CONDITIONS = ("with_context", "without_context", "other_context")
-MODES = ("sampled", "greedy")
-MODELS = ("before", "after")
+# What the prompt holds besides the request: the user's page where a fact of it may fit, the
+# user's page where none does ("Why is the sky blue?"), nothing, or another persona's page.
+CONDITIONS = ("with_context", "neutral", "without_context", "other_context")
+BEFORE, AFTER = "before", "after"
 
 
 @dataclass(frozen=True)
@@ -42,162 +43,181 @@ class Question:
     Attributes:
         asked: what the response is conditioned on.
         subject: whose page the information is about: the user, or the other persona.
-        rivals: the K personas among whom the response is ranked, `subject` first.
+        rivals: the K personas among whom the response is ranked, `subject` first; () for no
+            ranking.
+        samples: sampled responses per model; one greedy response comes on top where `greedy`.
     """
 
     condition: str
     asked: Condition
     subject: Persona
     rivals: tuple[Persona, ...]
+    samples: int
+    greedy: bool
 
     @property
     def prompt(self) -> Prompt:
         return self.asked.prompt
 
 
+def evaluate(
+    base: Base,
+    user: Persona,
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    adapters: Mapping[str, Path],
+    path: Path,
+) -> dict[str, Any]:
+    """Answer, measure, and conclude: what metrics.json holds.
+
+    Args:
+        prompts: all prompts of the run; only those held out are asked.
+        adapters: name -> adapter directory. "after" is the trained one; any other name is a
+            baseline that is measured beside it.
+        path: evaluation.jsonl, where answers are kept as they come, measures added at the end.
+    """
+    pool = persona_pool("held_out")
+    questions = questions_about(user, prompts, pool, recipe)
+    models = (BEFORE, *adapters)
+    total = len(models) * sum(q.samples + q.greedy for q in questions)
+    with policies(base, adapters) as use:
+        with progress("Answering, before and after", total) as advance:
+            answers = answer(base, use, models, questions, recipe, path, advance)
+        with progress("Measuring", len(answers)) as advance:
+            measures = measure(base, use, user, questions, answers, pool, advance)
+        text = neutral_text_nll(base, use, models)
+    _write_measures(path, answers, measures)
+    metrics = {
+        "prompts": sum(q.condition == "with_context" for q in questions),
+        "neutral_prompts": sum(q.condition == "neutral" for q in questions),
+        "samples_per_prompt": recipe.eval_samples,
+        "contexts": recipe.eval_contexts,
+        "context_words": len(user.text.split()),
+        **summarize(questions, answers, measures, text, BEFORE, AFTER),
+        "baselines": {
+            name: summarize(questions, answers, measures, text, BEFORE, name)
+            for name in adapters
+            if name != AFTER
+        },
+    }
+    return metrics | {"verdict": conclude(metrics).as_dict()}
+
+
 def questions_about(
     user: Persona, prompts: Sequence[Prompt], pool: Sequence[Persona], recipe: Recipe
 ) -> list[Question]:
-    """Held-out prompts, `recipe.eval_prompts` of them at most, in all three conditions."""
+    """Held-out prompts in all conditions, `recipe.eval_prompts` at most in each.
+
+    A user's own prompts do not say which facts fit them: all of them may matter then, and the
+    neutral ones are the shipped ones.
+    """
     held_out = [prompt for prompt in prompts if prompt.split == "held_out"]
+    marked = any(prompt.topics for prompt in prompts)
+    matter = [prompt for prompt in held_out if prompt.topics or not marked]
+    neutral = [prompt for prompt in held_out if marked and not prompt.topics] or [
+        prompt for prompt in shipped_prompts() if prompt.split == "held_out" and not prompt.topics
+    ]
     # The list is ordered by topic: take a fixed random part of it, not its head.
-    held_out = random.Random(0).sample(held_out, min(len(held_out), recipe.eval_prompts))
-    rivals = pool[: recipe.eval_contexts - 1]
+    rng = random.Random(0)
+    matter = rng.sample(matter, min(len(matter), recipe.eval_prompts))
+    neutral = rng.sample(neutral, min(len(neutral), recipe.eval_prompts))
+    rivals = tuple(pool[: recipe.eval_contexts - 1])
     others = pool[recipe.eval_contexts - 1 :]
-    questions = []
-    for condition in CONDITIONS:
-        for number, prompt in enumerate(held_out):
-            other = others[number % len(others)]
-            subject = other if condition == "other_context" else user
-            context = None if condition == "without_context" else subject
-            asked = Condition(prompt, context)
-            questions.append(Question(condition, asked, subject, (subject, *rivals)))
-    return questions
+
+    def about(condition: str, prompt: Prompt, number: int) -> Question:
+        samples = recipe.eval_samples
+        if condition == "with_context":
+            ranked = (user, *rivals)
+            return Question(condition, Condition(prompt, user), user, ranked, samples, True)
+        if condition == "neutral":
+            return Question(condition, Condition(prompt, user), user, (), samples, False)
+        if condition == "without_context":
+            return Question(condition, Condition(prompt), user, (), 1, True)
+        # Neighbours get the same persona, so that a batch shares its page.
+        other = others[number * len(others) // len(matter)]
+        ranked = (other, user, *rivals[:-1])
+        return Question(condition, Condition(prompt, other), other, ranked, 1, False)
+
+    return [
+        about(condition, prompt, number)
+        for condition in CONDITIONS
+        for number, prompt in enumerate(neutral if condition == "neutral" else matter)
+    ]
+
+
+Use = Callable[[str], Any]
+
+
+@contextmanager
+def policies(base: Base, adapters: Mapping[str, Path]) -> Iterator[Use]:
+    """Yields `use`: `with use(name):` makes `base.model` act as that adapter says.
+
+    `use("before")` is the base itself. Afterwards the base is as it was, without LoRA layers.
+    """
+    model: Any = None
+    for name, directory in adapters.items():
+        if model is None:
+            model = PeftModel.from_pretrained(base.model, directory, adapter_name=name)
+        else:
+            model.load_adapter(directory, adapter_name=name)
+
+    def use(name: str) -> Any:
+        if name == BEFORE:
+            return model.disable_adapter()
+        model.set_adapter(name)
+        return nullcontext()
+
+    try:
+        yield use
+    finally:
+        model.unload()
 
 
 def answer(
     base: Base,
-    adapter: Path,
+    use: Use,
+    models: Sequence[str],
     questions: Sequence[Question],
     recipe: Recipe,
     path: Path,
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[dict[str, Any]]:
-    """Answers of base and policy to all questions, sampled and greedy, appended to `path`.
+    """Answers of all models to all questions, sampled and greedy, appended to `path`.
 
-    Base and policy answer with the same seeds. A block (model, mode) that an earlier start has
-    written completely is not sampled again.
+    All models answer with the same seeds. A block (model, mode, condition) that an earlier start
+    has written completely is not sampled again.
     """
     rows: list[dict[str, Any]] = []
     done = read_jsonl(path)
-    model = PeftModel.from_pretrained(base.model, adapter)
-    try:
-        for which, mode in product(MODELS, MODES):
-            asked = [
-                (index, number)
-                for index in range(len(questions))
-                for number in range(recipe.eval_samples if mode == "sampled" else 1)
-            ]
-            block = done[len(rows) : len(rows) + len(asked)]
-            if len(block) < len(asked):
-                truncate_jsonl(path, len(rows))
-                done = []
-                with _policy(model, enabled=which == "after"):
-                    block = _answers(base, model, questions, asked, which, mode, recipe, advance)
-                append_jsonl(path, block)
-            else:
-                advance(len(block))
-            rows += block
-    finally:
-        model.unload()
+    for which, mode, condition in _blocks(models):
+        asked = [
+            (index, number)
+            for index, question in enumerate(questions)
+            if question.condition == condition
+            for number in range(question.samples if mode == "sampled" else question.greedy)
+        ]
+        block = done[len(rows) : len(rows) + len(asked)]
+        if len(block) < len(asked):
+            truncate_jsonl(path, len(rows))
+            done = []
+            with use(which):
+                block = _answers(base, questions, asked, which, mode, recipe, advance)
+            append_jsonl(path, block)
+        else:
+            advance(len(block))
+        rows += block
     return rows
 
 
-def count_answers(questions: Sequence[Question], recipe: Recipe) -> int:
-    """How many responses `answer` samples."""
-    return len(questions) * len(MODELS) * (recipe.eval_samples + 1)
-
-
-def measure(
-    base: Base,
-    user: Persona,
-    questions: Sequence[Question],
-    answers: Sequence[dict[str, Any]],
-    pool: Sequence[Persona],
-    advance: Callable[[int], None] = lambda n: None,
-) -> list[dict[str, float | None]]:
-    """What each answer shows, in the order of `answers`.
-
-    Under the frozen base: `pmi`, log p(y|x,c) - log p(y|x) in nats; `pmi_per_token`;
-    `which_context`, 1 if c explains y better than K - 1 other contexts do. By looking:
-    `length` in tokens, `ended`, `own_words` (a word that only the user's page has), and where
-    facts are known `fact_use` (a fact of the subject that fits the prompt), `wrong_fact`
-    and `user_facts` (any fact of the user). None where a measure does not apply.
-    """
-    asked = [questions[row["question"]] for row in answers]
-    own = own_words(user.text, [p.text for p in pool] + [q.prompt.text for q in questions])
-    prompts = [
-        [base.encode(q.prompt.text, context) for context in (None, *(p.text for p in q.rivals))]
-        for q in questions
-    ]
-    scores = score_matrix(
-        base.model,
-        [prompts[row["question"]] for row in answers],
-        [row["token_ids"] for row in answers],
-        progress=advance,
-    )
-    measures: list[dict[str, float | None]] = []
-    for question, row, score in zip(asked, answers, scores, strict=True):
-        text, length = row["text"], len(row["token_ids"])
-        pmi = float(score[1] - score[0])
-        found: dict[str, float | None] = {
-            "pmi": pmi,
-            "pmi_per_token": pmi / max(length, 1),
-            "which_context": float(score[1:].argmax() == 0),
-            "length": float(length),
-            "ended": float(row["ended"]),
-            "own_words": float(not own.isdisjoint(words(text))),
-        }
-        measures.append(found | _facts(question, user, text))
-    return measures
-
-
-def summarize(
-    questions: Sequence[Question],
-    answers: Sequence[dict[str, Any]],
-    measures: Sequence[dict[str, float | None]],
-) -> dict[str, Any]:
-    """Condition -> mode -> measure -> before, after, difference with its 95 % interval, n."""
-    summary: dict[str, Any] = {}
-    for condition, mode in product(CONDITIONS, MODES):
-        before, after = (
-            [
-                (row, values)
-                for row, values in zip(answers, measures, strict=True)
-                if (row["model"], row["mode"]) == (which, mode)
-                and questions[row["question"]].condition == condition
-            ]
-            for which in MODELS
-        )
-        groups = [row["question"] for row, _ in before]
-        block: dict[str, Any] = {}
-        for name in before[0][1] if before else ():
-            comparison = compare([m[name] for _, m in before], [m[name] for _, m in after], groups)
-            if comparison is not None:
-                block[name] = comparison.as_dict()
-        diversity = [distinct_n([row["token_ids"] for row, _ in side]) for side in (before, after)]
-        block["distinct_2"] = {
-            "before": round(diversity[0], 4),
-            "after": round(diversity[1], 4),
-            "difference": round(diversity[1] - diversity[0], 4),
-        }
-        summary.setdefault(condition, {})[mode] = block
-    return summary
+def _blocks(models: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    for which in models:
+        for mode in ("sampled", "greedy"):
+            for condition in CONDITIONS:
+                yield which, mode, condition
 
 
 def _answers(
     base: Base,
-    model: PeftModel,
     questions: Sequence[Question],
     asked: Sequence[tuple[int, int]],
     which: str,
@@ -206,7 +226,7 @@ def _answers(
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     samples = sample(
-        model,
+        base.model,
         [
             SampleRequest(questions[index].asked.encode(base), _seed(recipe.seed, index, number))
             for index, number in asked
@@ -219,11 +239,17 @@ def _answers(
     )
     rows = []
     for (index, number), response in zip(asked, samples, strict=True):
+        question = questions[index]
+        context = question.asked.context
         rows.append(
             {
                 "model": which,
                 "mode": mode,
+                "condition": question.condition,
                 "question": index,
+                "prompt_id": question.prompt.id,
+                "prompt": question.prompt.text,
+                "persona": context.id if context else None,
                 "sample": number,
                 "text": base.decode(response.token_ids),
                 "token_ids": response.token_ids,
@@ -234,35 +260,34 @@ def _answers(
     return rows
 
 
-def _facts(question: Question, user: Persona, text: str) -> dict[str, float | None]:
-    """The measures by string match; all None where no facts are known."""
-    subject = question.subject
-    if not subject.facts:
-        return {"fact_use": None, "wrong_fact": None, "user_facts": None}
-    use = fact_use(text, subject.facts, question.prompt.topics)
-    context = question.asked.context.text if question.asked.context else ""
-    wrong = wrong_fact(text, subject.facts, context, question.prompt.text)
-    # The facts of the user that the asked context does not hold itself.
-    foreign = {
-        topic: [value for value in values if value.lower() not in context.lower()]
-        for topic, values in user.facts.items()
-    }
-    leak = any(fact_use(text, foreign, [topic]) for topic in foreign)
-    return {
-        "fact_use": None if use is None else float(use),
-        "wrong_fact": float(wrong),
-        "user_facts": None if question.condition == "with_context" else float(leak),
-    }
+def neutral_text_nll(base: Base, use: Use, models: Sequence[str]) -> dict[str, list[float]]:
+    """Model -> mean negative log-likelihood per token of each neutral text, nats.
+
+    Its exponential is the perplexity. The texts are plain answers to plain requests, about
+    nobody and given no context.
+    """
+    lines = (resources.files("mipo_lite") / "data/neutral.jsonl").read_text("utf-8").splitlines()
+    texts = [
+        (
+            base.encode(row["prompt"], None),
+            base.tokenizer(row["text"], add_special_tokens=False)["input_ids"],
+        )
+        for row in map(json.loads, lines)
+    ]
+    found = {}
+    for which in models:
+        with use(which):
+            logprobs = response_logprobs(base.model, texts)
+        found[which] = [-float(tokens.double().mean()) for tokens in logprobs]
+    return found
 
 
-@contextmanager
-def _policy(model: PeftModel, enabled: bool) -> Iterator[None]:
-    """The policy, or with `enabled` False the base it was trained from."""
-    if enabled:
-        yield
-    else:
-        with model.disable_adapter():
-            yield
+def _write_measures(
+    path: Path, answers: Sequence[dict[str, Any]], measures: Sequence[dict[str, float | None]]
+) -> None:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for row, found in zip(answers, measures, strict=True):
+            file.write(json.dumps(row | {"measures": found}, ensure_ascii=False) + "\n")
 
 
 def _seed(seed: int, question: int, number: int) -> int:

@@ -276,28 +276,15 @@ def _train(flow: Flow, entry: dict[str, Any]) -> None:
 
 
 def _evaluate(flow: Flow, entry: dict[str, Any]) -> None:
-    from .evaluation import answer, count_answers, measure, questions_about, summarize
+    from .evaluation import evaluate
 
-    pool = persona_pool("held_out")
-    questions = questions_about(flow.user, flow.prompts, pool, flow.recipe)
-    total = count_answers(questions, flow.recipe)
-    base = flow.base
-    with progress("Answering, before and after", total) as advance:
-        path = flow.run / "evaluation.jsonl"
-        answers = answer(base, flow.run / "adapter", questions, flow.recipe, path, advance)
-    # Each answer is scored given no context and given each of K contexts.
-    with progress("Measuring", total * (1 + flow.recipe.eval_contexts)) as advance:
-        measures = measure(base, flow.user, questions, answers, pool, advance)
-    write_json(
-        flow.run / "metrics.json",
-        {
-            "prompts": len(questions) // 3,
-            "samples_per_prompt": flow.recipe.eval_samples,
-            "contexts": flow.recipe.eval_contexts,
-            **summarize(questions, answers, measures),
-        },
+    run = flow.run
+    adapters = {"after": run / "adapter"}
+    metrics = evaluate(
+        flow.base, flow.user, flow.prompts, flow.recipe, adapters, run / "evaluation.jsonl"
     )
-    entry["answers"] = total
+    write_json(run / "metrics.json", metrics)
+    entry["verdict"] = metrics["verdict"]["word"]
 
 
 def _export(flow: Flow, entry: dict[str, Any]) -> None:

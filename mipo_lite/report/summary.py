@@ -8,29 +8,18 @@ from rich.table import Table
 
 from ..console import console
 from ..run import Run, read_json
-
-# (condition, mode, measure) -> how the row is called; in the order of the table.
-ROWS = (
-    ("with_context", "sampled", "pmi", "information about you (PMI), nats"),
-    ("with_context", "sampled", "which_context", "tells you from 7 others"),
-    ("with_context", "sampled", "own_words", "uses a word only your page has"),
-    ("with_context", "sampled", "fact_use", "uses a fact that fits"),
-    ("with_context", "greedy", "fact_use", "uses a fact that fits, greedy"),
-    ("with_context", "sampled", "wrong_fact", "states a wrong fact"),
-    ("with_context", "sampled", "length", "length, tokens"),
-    ("with_context", "sampled", "distinct_2", "variety (distinct-2)"),
-    ("without_context", "sampled", "own_words", "your words without your page"),
-    ("without_context", "sampled", "user_facts", "your facts without your page"),
-    ("other_context", "sampled", "user_facts", "your facts told to somebody else"),
-    ("other_context", "sampled", "which_context", "still follows somebody else's page"),
-)
+from .rows import measured_rows
 
 
 def print_summary(run: Run) -> None:
     """What came out, where it lies, how long it took, and how to talk to it."""
     stages = run.meta["stages"]
     if (run / "metrics.json").is_file():
-        console.print(_table(read_json(run / "metrics.json")))
+        metrics = read_json(run / "metrics.json")
+        console.print(_table(metrics))
+        console.print(f"\n[bold]{metrics['verdict']['sentence']}[/]")
+        for advice in metrics["verdict"]["advice"]:
+            console.print(f"  Try: {advice}")
     times = ", ".join(f"{name} {entry['seconds']:.0f} s" for name, entry in stages.items())
     total = sum(entry["seconds"] for entry in stages.values())
     console.print(f"\n{times}: {total:.0f} s in all")
@@ -77,15 +66,17 @@ def _table(metrics: dict[str, Any]) -> Table:
     table.add_column("")
     for column in ("before", "after", "change", "95 % interval"):
         table.add_column(column, justify="right")
-    for condition, mode, measure, name in ROWS:
-        entry = metrics[condition][mode].get(measure)
-        if entry is not None:
-            interval = f"{entry['low']:+.2f} to {entry['high']:+.2f}" if "low" in entry else ""
+    for title, rows in measured_rows(metrics):
+        table.add_section()
+        table.add_row(f"[dim]{title}[/]")
+        for row, entry in rows:
+            unit = f", {row.unit}" if row.unit not in ("%", "exp") else ""
+            low, high = row.show_change(entry["low"]), row.show_change(entry["high"])
             table.add_row(
-                name,
-                f"{entry['before']:.2f}",
-                f"{entry['after']:.2f}",
-                f"{entry['difference']:+.2f}",
-                interval,
+                row.name + unit,
+                row.show(entry["before"]),
+                row.show(entry["after"]),
+                row.show_change(entry["difference"]),
+                f"{low} to {high}",
             )
     return table
