@@ -27,16 +27,13 @@ import numpy as np
 import torch
 
 from .trie import Trie, build_trie
+from .trie_attention import IMPLEMENTATION, Layout, UnsupportedModel, layout_mask, switched_on
 
 # Below this many batch tokens per token computed the longer row's attention eats the gain.
 MIN_RATIO = 1.3
 
 # Relative difference of hidden states, shared against plain, that mere rounding can reach.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-class UnsupportedModel(ValueError):
-    """The model's attention cannot be run on a trie; the message says why."""
 
 
 @dataclass
@@ -79,6 +76,8 @@ class PrefixSharing:
         self.min_ratio = min_ratio
         self.stats = Stats()
         self._original = original = backbone.forward
+        self._switch = switched_on(backbone.config.get_text_config())
+        self._switch.__enter__()
 
         @functools.wraps(original)  # callers inspect the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -88,6 +87,7 @@ class PrefixSharing:
 
     def remove(self) -> None:
         self.backbone.forward = self._original
+        self._switch.__exit__(None, None, None)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         trie = None if args else self._plan(**kwargs)
@@ -134,7 +134,7 @@ def check_supported(backbone: Any) -> None:
     """Raise `UnsupportedModel` unless `backbone` can run on a trie."""
     config = backbone.config.get_text_config()
     name = type(backbone).__name__
-    if config._attn_implementation not in ("eager", "sdpa"):
+    if config._attn_implementation not in ("eager", "sdpa", IMPLEMENTATION):
         raise UnsupportedModel(
             f"{name} uses {config._attn_implementation}, which takes no 4-D mask; "
             "load it with attn_implementation='sdpa'"
@@ -173,32 +173,34 @@ def unpadded_rows(input_ids: torch.Tensor, attention_mask: Any) -> list[np.ndarr
 def run_trie(forward: Any, backbone: Any, trie: Trie, **kwargs: Any) -> Any:
     """Outputs of the backbone's own `forward` on a trie: hidden states are [1, size, hidden]."""
     embedding = backbone.get_input_embeddings().weight
-    return forward(
-        input_ids=torch.from_numpy(trie.tokens)[None].to(embedding.device),
-        position_ids=torch.from_numpy(trie.positions)[None].to(embedding.device),
-        attention_mask=masks(backbone.config.get_text_config(), trie, embedding),
-        **kwargs,
-    )
+    config = backbone.config.get_text_config()
+    with switched_on(config):
+        if config._attn_implementation == IMPLEMENTATION:
+            kwargs |= {
+                "attention_mask": layout_mask(),
+                "layout": Layout(trie, embedding.device),
+            }
+        else:
+            kwargs["attention_mask"] = additive_masks(config, trie, embedding)
+        return forward(
+            input_ids=torch.from_numpy(trie.tokens)[None].to(embedding.device),
+            position_ids=torch.from_numpy(trie.positions)[None].to(embedding.device),
+            **kwargs,
+        )
 
 
-def masks(config: Any, trie: Trie, like: torch.Tensor) -> Any:
-    """What a transformers backbone takes as `attention_mask` to see a trie.
+def additive_masks(config: Any, trie: Trie, like: torch.Tensor) -> Any:
+    """What eager attention takes as `attention_mask` to see a trie, in the dtype of `like`.
 
-    One [1, 1, size, size] mask, or one for each layer type where layers differ. Boolean for SDPA,
-    additive in the dtype of `like` for eager attention.
+    One [1, 1, size, size] mask, or one for each layer type where layers differ.
     """
-    types = layer_types(config)
-    by_type = {}
-    for layer_type in types:
+    masks = {}
+    for layer_type in layer_types(config):
         window = config.sliding_window if layer_type == "sliding_attention" else None
-        mask = visible(trie, window).to(like.device)[None, None]
-        if config._attn_implementation == "eager":
-            blocked = torch.finfo(like.dtype).min
-            mask = torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(
-                ~mask, blocked
-            )
-        by_type[layer_type] = mask
-    return by_type if len(types) > 1 else by_type.popitem()[1]
+        hidden = ~visible(trie, window).to(like.device)[None, None]
+        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+        masks[layer_type] = mask.masked_fill(hidden, torch.finfo(like.dtype).min)
+    return masks if len(masks) > 1 else masks.popitem()[1]
 
 
 def visible(trie: Trie, window: int | None = None) -> torch.Tensor:
@@ -236,15 +238,10 @@ def self_check(
     """Run `batch` (right-padded input_ids and attention_mask) both ways and compare.
 
     Compares the backbone's hidden states of all real tokens, ||shared - plain|| / ||plain||, in
-    eval mode and without gradients, against a tolerance that depends on the dtype. Never raises
+    eval mode and without gradients, against a tolerance that depends on the dtype. Does not raise
     for a model that cannot share: the result says so.
     """
-    try:
-        backbone = backbone_of(model)
-        sharing = PrefixSharing(backbone, min_ratio=0.0)
-        sharing.remove()
-    except UnsupportedModel as error:
-        return SelfCheck(False, float("nan"), 0.0, f"prefix sharing is off: {error}")
+    backbone = backbone_of(model)
     if tolerance is None:
         tolerance = TOLERANCE[backbone.get_input_embeddings().weight.dtype]
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -256,13 +253,14 @@ def self_check(
             plain = backbone(**inputs, use_cache=False).last_hidden_state[real].float()
             with share_prefixes(model, min_ratio=0.0):
                 shared = backbone(**inputs, use_cache=False).last_hidden_state[real].float()
+    except UnsupportedModel as error:
+        return SelfCheck(False, float("nan"), tolerance, f"prefix sharing is off: {error}")
     finally:
         backbone.train(was_training)
     difference = float((shared - plain).norm() / plain.norm())
     ok = difference <= tolerance  # False for NaN
-    verdict = "agrees with" if ok else "differs from"
     message = (
-        f"prefix sharing {verdict} the plain path: "
+        f"prefix sharing {'agrees with' if ok else 'is off: it differs from'} the plain path, "
         f"relative difference {difference:.1e}, tolerance {tolerance:.0e}"
     )
     return SelfCheck(ok, difference, tolerance, message)

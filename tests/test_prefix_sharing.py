@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS, VOCAB, right_padded, tiny_model, with_lora
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
+from mipo_lite import trie_attention
 from mipo_lite.prefix_sharing import (
     UnsupportedModel,
     backbone_of,
@@ -13,6 +19,7 @@ from mipo_lite.prefix_sharing import (
     self_check,
     share_prefixes,
 )
+from mipo_lite.trie import build_trie
 
 FAMILIES = sorted(CONFIGS)
 TOKEN = st.integers(1, VOCAB - 1)
@@ -76,6 +83,15 @@ def assert_same_both_ways(model, rows):
     for name, plain in plain_grads.items():
         scale = plain.norm().clamp(min=1e-3)
         assert (shared_grads[name] - plain).norm() / scale < 1e-4, name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Query blocks shorter than the rows, so that they are cut as long rows are."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = partial(trie_attention.plan_blocks, size=5)
+        patch.setattr(trie_attention, "plan_blocks", small)
+        yield
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -177,20 +193,27 @@ def test_self_check_passes_in_float32(family):
     assert check.difference < 1e-5
 
 
-def test_self_check_sees_a_wrong_mask(model, monkeypatch):
-    import mipo_lite.prefix_sharing as module
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])  # blocks under SDPA, a mask under eager
+def test_self_check_sees_a_wrong_layout(family, monkeypatch):
+    def siblings_see_each_other(rows):
+        trie = build_trie(rows)
+        return replace(trie, end=np.full(trie.size, trie.size))
 
-    right = module.visible
-
-    def wrong(trie, window=None):
-        mask = right(trie, window)
-        mask[-1, : trie.size] = True  # the last slot also sees a sibling branch
-        return mask
-
-    monkeypatch.setattr(module, "visible", wrong)
-    check = self_check(model, right_padded([p + r for p, r in SHARED]))
+    monkeypatch.setattr("mipo_lite.prefix_sharing.build_trie", siblings_see_each_other)
+    check = self_check(tiny_model(family), right_padded([p + r for p, r in SHARED]))
     assert not check.ok
     assert "differs" in check.message
+
+
+def test_an_attention_that_never_sees_the_layout_fails(model, monkeypatch):
+    def forgetful(self, *args, layout=None, **kwargs):
+        return original(self, *args, **kwargs)
+
+    original = Qwen2Attention.forward
+    monkeypatch.setattr(Qwen2Attention, "forward", forgetful)
+    check = self_check(model, right_padded([p + r for p, r in SHARED]))
+    assert not check.ok
+    assert "keyword arguments" in check.message
 
 
 def test_unsupported_models_are_refused_aloud():

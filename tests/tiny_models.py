@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -52,7 +54,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 def tiny_model(family: str, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(deepcopy(CONFIGS[family]), dtype=torch.float32).eval()
 
 
 def with_lora(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
