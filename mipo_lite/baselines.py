@@ -1,0 +1,169 @@
+"""The comparison: ways to learn from a base's own responses, on the same questions.
+
+    python -m mipo_lite.baselines --prompts examples/sums.jsonl
+
+trains one adapter per method and seed, asks all of them the same held-out questions, and prints a
+Markdown table: means over the seeds, with the standard deviation. `--table tried` compares what
+was tried to make answers better, not only more informative. Methods of one seed that use the same
+negatives share their pairs. What is there already in --out is not made again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .base import Base, find_base, load_base
+from .console import console, progress, quiet_libraries
+from .filtering import score_pairs
+from .improving import evaluate
+from .infonce import train_infonce
+from .negatives import Negatives, make_pairs
+from .problems import Problem, load_problems, split_problems
+from .recipe import Recipe, load_recipe
+from .run import read_json, read_jsonl, write_json
+from .training import train
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a table.
+
+    Attributes:
+        loss: one of TRL's, or "infonce".
+        settings: what differs from the recipe.
+    """
+
+    name: str
+    negatives: Negatives = "random"
+    loss: str = "sigmoid"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+TABLES = {
+    "baselines": (
+        Method("SFT on chosen", loss="sft"),
+        Method("InfoNCE", loss="infonce"),
+        Method("MIPO", loss="sigmoid"),
+        Method("MIPO, IPO loss", loss="ipo"),
+        Method("MIPO, answers contrasted", "answers"),
+    ),
+    "tried": (
+        Method("random negatives"),
+        Method("random, a third of the learning rate", settings={"learning_rate": 3e-4}),
+        Method("near negatives", "near"),
+        Method("far negatives", "far"),
+        Method("answers contrasted", "answers"),
+        Method("answers contrasted, a third of the learning rate", "answers",
+               settings={"learning_rate": 3e-4}),
+    ),
+}  # fmt: skip
+
+# Column -> mode and measure of the summary, and the digits shown.
+COLUMNS = {
+    "right, sampled": ("sampled", "exact_match", 2),
+    "right, greedy": ("greedy", "exact_match", 2),
+    "right, majority": ("majority", "exact_match", 2),
+    "I(y; x), bits": ("sampled", "bits", 2),
+    "by itself, bits": ("sampled", "own_bits", 2),
+    "tokens": ("sampled", "length", 1),
+}
+BASE_ROW = "the base, prompted"
+
+
+def run_seed(
+    base: Base,
+    problems: Sequence[Problem],
+    methods: Sequence[Method],
+    recipe: Recipe,
+    samples: int,
+    out: Path,
+) -> dict[str, Any]:
+    """Make what is missing of one seed, and measure: what `improving.evaluate` returns."""
+    training = [problem for problem in problems if problem.split == "train"]
+    adapters = {}
+    for method in methods:
+        varied = recipe.model_copy(update={"loss": method.loss, **method.settings})
+        pairs_dir = out / method.negatives
+        pairs_dir.mkdir(parents=True, exist_ok=True)
+        if not (pairs_dir / "scores.jsonl").exists():
+            make_pairs(base, training, method.negatives, samples, recipe, pairs_dir)
+            pairs = read_jsonl(pairs_dir / "pairs.jsonl")
+            with progress("Scoring pairs", len(pairs)) as advance:
+                score_pairs(base, pairs, recipe, pairs_dir / "scores.jsonl", advance)
+        adapter = out / method.name
+        if not adapter.exists():
+            pairs = read_jsonl(pairs_dir / "pairs.jsonl")
+            scores = read_jsonl(pairs_dir / "scores.jsonl")
+            with progress(method.name[:28], 1) as bar:
+                if method.loss == "infonce":
+                    kept = [p for p, s in zip(pairs, scores, strict=True) if s["kept"]]
+                    train_infonce(base, kept, varied, adapter, bar.set)
+                else:
+                    train(base, pairs, scores, varied, adapter, out / "checkpoints", bar.set)
+        adapters[method.name] = adapter
+    return evaluate(base, problems, recipe, adapters, out / "evaluation.jsonl")
+
+
+def table(results: Sequence[dict[str, Any]], methods: Sequence[Method]) -> str:
+    """A Markdown table of the results of all seeds: mean, and ± standard deviation over seeds."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for name in (BASE_ROW, *(method.name for method in methods)):
+        side = "before" if name == BASE_ROW else "after"
+        source = methods[0].name if name == BASE_ROW else name
+        cells = [name]
+        for mode, measure, digits in COLUMNS.values():
+            summaries = [result["baselines"][source][mode] for result in results]
+            values = [s[measure][side] for s in summaries if measure in s]
+            cells.append(_cell(values, digits))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "not measured"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def main(
+    prompts: Annotated[Path, typer.Option("--prompts", help="Questions with answers.")],
+    base: Annotated[str, typer.Option("--base")] = "builtin",
+    which: Annotated[str, typer.Option("--table", help=", ".join(TABLES))] = "baselines",
+    seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
+    recipe: Annotated[str, typer.Option("--recipe")] = "math-builtin",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Responses to choose from.")] = 8,
+    out: Annotated[Path, typer.Option("--out")] = Path("runs/baselines"),
+) -> None:
+    """Compare methods on the same questions and print a table."""
+    problems, _ = split_problems(load_problems(prompts, console.print).problems)
+    methods = TABLES[which]
+    results = []
+    for seed in range(seeds):
+        directory = out / which / f"seed-{seed}"
+        if not (directory / "metrics.json").exists():
+            chosen = load_recipe(recipe, settings or [], {"seed": seed})
+            loaded = load_base(find_base(base))
+            write_json(
+                directory / "metrics.json",
+                run_seed(loaded, problems, methods, chosen, samples, directory),
+            )
+        results.append(read_json(directory / "metrics.json"))
+    counts = results[0]
+    print(table(results, methods))
+    print(
+        f"\n{counts['questions']} held-out questions, {counts['samples_per_question']} samples "
+        f"each, {counts['prompts_ranked']} prompts ranked, {seeds} seeds."
+    )
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    typer.run(main)
