@@ -30,7 +30,7 @@ class Row:
         if self.unit == "%":
             return f"{100 * value:.0f} %"
         if self.unit == "exp":
-            return f"{math.exp(value):.1f}"
+            return f"{math.exp(value):.3g}"
         return f"{value:.2f}"
 
     def show_change(self, value: float) -> str:
@@ -82,7 +82,11 @@ GROUPS: tuple[tuple[str, tuple[Row, ...]], ...] = (
 )
 
 
-def measured_rows(metrics: dict[str, Any]) -> Iterator[tuple[str, list[tuple[Row, dict]]]]:
+def measured_rows(
+    metrics: dict[str, Any],
+) -> Iterator[tuple[str, list[tuple[Row, dict[str, Any]]]]]:
+    metrics: dict[str, Any],
+) -> Iterator[tuple[str, list[tuple[Row, dict[str, Any]]]]]:
     """Group by group, the rows that were measured, each with its comparison."""
     for title, rows in GROUPS:
         found = [(row, entry) for row in rows if (entry := figure(metrics, *row.where))]

@@ -1,0 +1,194 @@
+"""report.html: one self-contained page about a run, to look at.
+
+Shows whatever the run directory holds, finished or not. The page asks the network for nothing and
+runs no script; it contains personal text, like everything else in the run directory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..quality import pair_quality
+from ..run import Run, atomic_write, read_json, read_jsonl
+from . import plots
+from .rows import measured_rows
+
+# Answers shown side by side, of each condition.
+SHOWN = 8
+_STAGES = ("pairs", "scores", "train", "evaluate", "export")
+_CONDITIONS = (
+    ("with_context", "greedy", "With your page"),
+    ("without_context", "greedy", "Without your page"),
+    ("other_context", "sampled", "With somebody else's page"),
+    ("neutral", "sampled", "Where your page is no matter"),
+)
+_FILES = (
+    ("adapter", "the LoRA adapter, to load with PEFT"),
+    ("merged", "the merged model, a Hugging Face directory"),
+    ("gguf", "for llama.cpp, Ollama and others"),
+    ("pairs.jsonl", "the preference pairs, with your page in them"),
+    ("scores.jsonl", "log-probs and PMI of each pair"),
+    ("evaluation.jsonl", "every answer of the evaluation"),
+    ("metrics.json", "every figure of this page"),
+    ("choices.jsonl", "your choices in the blind test"),
+    ("run.json", "settings, versions, times"),
+)
+
+Parts = list[tuple[bool, str]]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """An answer before and after; each part says whether it differs from the other side."""
+
+    prompt: str
+    before: Parts
+    after: Parts
+
+
+def write_page(run: Run) -> Path:
+    """Write report.html from what `run` holds so far, and return its path."""
+    environment = Environment(
+        loader=PackageLoader("mipo_lite.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("page.html.jinja").render(page_content(run))
+    path = run / "report.html"
+    with atomic_write(path) as partial:
+        partial.write_text(html, "utf-8")
+    return path
+
+
+def page_content(run: Run) -> dict[str, Any]:
+    """What the template shows; parts that the run does not hold yet are None or empty."""
+    metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else None
+    answers = read_jsonl(run / "evaluation.jsonl") if metrics else []
+    scores = read_jsonl(run / "scores.jsonl")
+    quality = pair_quality(read_jsonl(run / "pairs.jsonl"), scores) if scores else None
+    stages = run.meta["stages"]
+    train = stages.get("train", {})
+    return {
+        "name": run.name,
+        "base": run.meta["base"]["name"],
+        "verdict": metrics["verdict"] if metrics else None,
+        "unfinished": [s for s in _STAGES if stages.get(s, {}).get("state") != "done"],
+        "metrics": metrics,
+        "groups": list(measured_rows(metrics)) if metrics else [],
+        "baselines": _baselines(metrics) if metrics else [],
+        "log2_contexts": math.log2(metrics["contexts"]) if metrics else None,
+        "quality": quality,
+        "plots": _plots(quality, train.get("history", []), answers, metrics),
+        "answers": [
+            (title, shown)
+            for condition, mode, title in _CONDITIONS
+            if (shown := side_by_side(answers, condition, mode))
+        ],
+        "stages": [(name, entry) for name, entry in stages.items() if "seconds" in entry],
+        "seconds": sum(entry.get("seconds", 0) for entry in stages.values()),
+        "train": train,
+        "departures": stages.get("pairs", {}).get("departures", []),
+        "recipe": run.meta["recipe"],
+        "versions": run.meta["versions"],
+        "device": run.meta["device"],
+        "files": [
+            (name, what, _size(run / name)) for name, what in _FILES if (run / name).exists()
+        ],
+    }
+
+
+def side_by_side(
+    answers: Sequence[dict[str, Any]], condition: str, mode: str, limit: int = SHOWN
+) -> list[SideBySide]:
+    """The first answers before and after to the same prompts, those that differ first."""
+    sides: dict[tuple[str, str], dict[str, str]] = {}
+    for row in answers:
+        if (row["condition"], row["mode"], row["sample"]) == (condition, mode, 0):
+            key = (row["prompt_id"], row["prompt"])
+            sides.setdefault(key, {})[row["model"]] = row["text"]
+    pairs = [
+        (prompt, texts["before"], texts["after"])
+        for (_, prompt), texts in sides.items()
+        if {"before", "after"} <= texts.keys()
+    ]
+    pairs.sort(key=lambda pair: pair[1] == pair[2])
+    return [SideBySide(prompt, *mark_differences(b, a)) for prompt, b, a in pairs[:limit]]
+
+
+def mark_differences(before: str, after: str) -> tuple[Parts, Parts]:
+    """Both texts cut into (differs, text), compared word by word."""
+    b, a = before.split(), after.split()
+    left: Parts = []
+    right: Parts = []
+    for tag, i, j, k, n in SequenceMatcher(None, b, a, autojunk=False).get_opcodes():
+        if i < j:
+            left.append((tag != "equal", " ".join(b[i:j])))
+        if k < n:
+            right.append((tag != "equal", " ".join(a[k:n])))
+    return left, right
+
+
+def _plots(
+    quality: Any, history: list[dict[str, float]], answers: list[dict[str, Any]], metrics: Any
+) -> dict[str, str]:
+    found = {}
+    if quality is not None:
+        found["pairs"] = plots.pair_plot(quality.pmi_chosen, quality.pmi_rejected)
+    if history:
+        found["training"] = plots.training_plot(history)
+    if metrics is not None:
+        before, after = (_measured(answers, model, "bits") for model in ("before", "after"))
+        if before and after:
+            found["bits"] = plots.bits_plot(before, after, metrics["contexts"])
+        before, after = (_measured(answers, model, "length") for model in ("before", "after"))
+        if before and after:
+            found["length"] = plots.length_plot(before, after)
+    return found
+
+
+def _measured(answers: list[dict[str, Any]], model: str, name: str) -> list[float]:
+    """One measure of the sampled answers with the user's page."""
+    return [
+        row["measures"][name]
+        for row in answers
+        if (row["model"], row["mode"], row["condition"]) == (model, "sampled", "with_context")
+        and row["measures"].get(name) is not None
+    ]
+
+
+def _baselines(metrics: dict[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Beside the trained model: what the page in the prompt does alone, no page, and others.
+
+    Returns (name of a row, values as text) under the heads of the first list's columns.
+    """
+    rows = measured_rows(metrics)
+    _, with_page = next(rows, ("", []))
+    wanted = [(row, entry) for row, entry in with_page if row.where[1] == "sampled"]
+    table: list[tuple[str, list[tuple[str, list[str]]]]] = []
+    for row, entry in wanted:
+        columns = [("page in the prompt", [row.show(entry["before"])])]
+        for name, block in metrics.get("baselines", {}).items():
+            other = block.get(row.where[0], {}).get(row.where[1], {}).get(row.where[2])
+            columns.append((name, [row.show(other["after"]) if other else ""]))
+        columns.append(("trained", [row.show(entry["after"])]))
+        table.append((row.name, columns))
+    return table if metrics.get("baselines") else []
+
+
+def _size(path: Path) -> str:
+    files = path.rglob("*") if path.is_dir() else [path]
+    size = float(sum(file.stat().st_size for file in files if file.is_file()))
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
