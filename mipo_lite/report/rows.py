@@ -85,8 +85,6 @@ GROUPS: tuple[tuple[str, tuple[Row, ...]], ...] = (
 def measured_rows(
     metrics: dict[str, Any],
 ) -> Iterator[tuple[str, list[tuple[Row, dict[str, Any]]]]]:
-    metrics: dict[str, Any],
-) -> Iterator[tuple[str, list[tuple[Row, dict[str, Any]]]]]:
     """Group by group, the rows that were measured, each with its comparison."""
     for title, rows in GROUPS:
         found = [(row, entry) for row in rows if (entry := figure(metrics, *row.where))]
