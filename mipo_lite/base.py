@@ -53,7 +53,6 @@ class Base:
         model: the transformers causal LM, in evaluation mode, frozen.
         eos_ids: every token id that ends a response.
         system_role: whether its chat template has a system role.
-        window: the most tokens it can read, prompt and response together.
     """
 
     source: BaseSource
@@ -61,10 +60,6 @@ class Base:
     tokenizer: Any
     eos_ids: list[int]
     system_role: bool
-
-    @property
-    def window(self) -> int:
-        return int(self.model.config.max_position_embeddings)
 
     @property
     def pad_id(self) -> int:
@@ -80,16 +75,6 @@ class Base:
     def decode(self, token_ids: list[int]) -> str:
         """The text of a response, without its end token."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-
-    def check_context_fits(self, context: str, max_new_tokens: int) -> None:
-        """Raises UserError when the context leaves no room for a request and its answer."""
-        used = len(self.encode("", context))
-        room = self.window - max_new_tokens - 64  # 64: a request of ordinary length
-        if used > room:
-            raise UserError(
-                f"The user context takes {used} tokens; {self.source.name} has room for {room}.",
-                "Shorten the file, or choose a base with a larger window.",
-            )
 
 
 def find_base(name: str) -> BaseSource:
@@ -120,16 +105,11 @@ def load_base(
     Raises UserError when the tokenizer has no chat template.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{source.name} has no chat template: it is not an instruct model.",
-            "Choose its instruct version, or put a chat_template.jinja into its directory.",
-        )
+    tokenizer = load_tokenizer(source, trust_remote_code)
     on_gpu = torch.cuda.is_available()
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if bf16 else torch.float16 if on_gpu else torch.float32
@@ -152,8 +132,6 @@ def load_base(
     model.eval()
     eos = model.generation_config.eos_token_id
     eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return Base(
         source=source,
         model=model,
@@ -161,6 +139,52 @@ def load_base(
         eos_ids=sorted(token for token in eos_ids if token is not None),
         system_role=has_system_role(tokenizer),
     )
+
+
+def load_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> Any:
+    """The tokenizer with its chat template and a padding token.
+
+    Raises UserError when it has no chat template, or the directory holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source.name} has no tokenizer that transformers can read.",
+            "Complete its directory: tokenizer.json and tokenizer_config.json are missing or old.",
+        ) from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{source.name} has no chat template: it is not an instruct model.",
+            "Choose its instruct version, or put a chat_template.jinja into its directory.",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_context_fits(
+    source: BaseSource, context: str, max_new_tokens: int, trust_remote_code: bool = False
+) -> None:
+    """Raises UserError when the context leaves no room for a request and its answer.
+
+    Reads the tokenizer and the config only, so that it can be asked before anything is made.
+    """
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    messages = build_messages("", context, has_system_role(tokenizer))
+    used = len(encode_prompt(tokenizer, messages))
+    window = config.get_text_config().max_position_embeddings
+    room = window - max_new_tokens - 64  # 64 tokens: a request of ordinary length
+    if used > room:
+        raise UserError(
+            f"The user context takes {used} tokens; {source.name} has room for {room}.",
+            "Shorten the file, or choose a base with a larger window.",
+        )
 
 
 def keep_backward_on_cpu(model: Any) -> None:

@@ -130,8 +130,10 @@ def chat(
     plain: Annotated[
         bool, typer.Option("--plain", help="The base without the adapter, to compare.")
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, max=5.0)] = 0.7,
-    seed: SeedOption = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=5.0, help="0 takes the likeliest token always.")
+    ] = 0.7,
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same answers.")] = 0,
 ) -> None:
     """Talk to the result through llama.cpp, with your page as its system message."""
     from .pipeline import chat_model

@@ -47,21 +47,14 @@ def score_pairs(
         ]
         sums = [float(tokens.double().sum()) for tokens in response_logprobs(base.model, rows)]
         append_jsonl(
-            path,
-            [_row(pair, *sums[4 * i : 4 * i + 4], recipe) for i, pair in enumerate(chunk)],
+            path, [_row(pair, sums[4 * i : 4 * i + 4], recipe) for i, pair in enumerate(chunk)]
         )
         advance(len(chunk))
 
 
-def _row(
-    pair: dict[str, Any],
-    chosen: float,
-    chosen_without: float,
-    rejected: float,
-    rejected_without: float,
-    recipe: Recipe,
-) -> dict[str, Any]:
+def _row(pair: dict[str, Any], logprobs: Sequence[float], recipe: Recipe) -> dict[str, Any]:
     """A line of scores.jsonl."""
+    chosen, chosen_without, rejected, rejected_without = logprobs
     pmi_chosen, pmi_rejected = chosen - chosen_without, rejected - rejected_without
     why = drop_reason(
         pair["chosen_ids"], pair["rejected_ids"], pmi_chosen - pmi_rejected, recipe.min_contrast

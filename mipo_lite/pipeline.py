@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .base import Base, BaseSource, find_base, load_base
+from .base import Base, BaseSource, check_context_fits, find_base, load_base
 from .console import console, progress
 from .contexts import Persona, load_facts, load_user_context, persona_pool
 from .errors import UserError
@@ -40,9 +40,7 @@ class Flow:
     @cached_property
     def base(self) -> Base:
         with console.status(f"Loading {self.source.name} in 4 bits"):
-            base = load_base(self.source, trust_remote_code=self.trust_remote_code)
-        base.check_context_fits(self.user.text, self.recipe.max_new_tokens)
-        return base
+            return load_base(self.source, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def user(self) -> Persona:
@@ -119,6 +117,7 @@ def preview(user_context: Path, **arguments: Any) -> dict[str, Any]:
     prompts = load_prompts(arguments["prompts"])
     flags = {"base": arguments["base"], "seed": arguments["seed"]}
     recipe, source = resolve(arguments["recipe"], arguments["settings"], flags)
+    check_context_fits(source, text, recipe.max_new_tokens)
     path = arguments["run"] or Path("runs") / user_context.stem
     done = Run(path).meta["stages"] if (path / "run.json").is_file() else {}
     train = sum(prompt.split == "train" for prompt in prompts)
@@ -149,6 +148,7 @@ def prepare(
     facts = load_facts(user_context)
     chosen_prompts = load_prompts(prompts)
     chosen, source = resolve(recipe, settings, {"base": base, "seed": seed})
+    check_context_fits(source, text, chosen.max_new_tokens, trust_remote_code)
     path = run or Path("runs") / user_context.stem
     inputs = {
         "command": "personalize",
@@ -292,12 +292,15 @@ def _export(flow: Flow, entry: dict[str, Any]) -> None:
     from .merging import merge
 
     run = flow.run
-    with console.status("Merging the adapter into the 16-bit weights"):
-        merge(flow.source.path, run / "adapter", run / "merged")
+    merge(flow.source.path, run / "adapter", run / "merged", progress=progress)
     (run / "gguf").mkdir(mode=0o700, exist_ok=True)
-    quants = [quant.upper() for quant in flow.recipe.quants]
     files = export_model(
-        run / "merged", run / "gguf", run.name, quants=quants, context=flow.user.text
+        run / "merged",
+        run / "gguf",
+        run.name,
+        quants=flow.recipe.quants,
+        context=flow.user.text,
+        progress=progress,
     )
     entry["files"] = [str(file.relative_to(run.path)) for file in files]
 
@@ -308,7 +311,7 @@ def chat_model(
     message: str | None,
     plain: bool,
     temperature: float,
-    seed: int | None,
+    seed: int,
 ) -> None:
     """Talk to a run's GGUF (with the user's page as system message) or to any GGUF file.
 
@@ -337,8 +340,10 @@ def _plain_gguf(run: Run) -> Path:
     """The base without the adapter as GGUF, made when first asked for."""
     from .gguf import export_model
 
-    with console.status("Writing the base as GGUF"):
-        return export_model(_recorded_source(run).path, run / "gguf", "base", quants=["Q4_K_M"])[0]
+    source, directory = _recorded_source(run), run / "gguf"
+    return export_model(
+        source.path, directory, "base", quants=["q4_k_m"], modelfile=False, progress=progress
+    )[0]
 
 
 STAGES = (

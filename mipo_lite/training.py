@@ -14,19 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import trl.trainer.utils
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from .base import Base
 from .errors import UserError
+from .label_head import label_positions_only
 from .prefix_sharing import self_check, share_prefixes
 from .recipe import Recipe
 from .run import atomic_directory
+
+# TRL 1.14, the last for Python 3.10, has no fused LM head yet.
+FUSED_HEAD = hasattr(trl.trainer.utils, "add_fused_lm_head")
 
 # What a held-out evaluation must gain over the best one so far to count as better.
 MIN_GAIN = 1e-3
@@ -58,9 +63,15 @@ class MIPOTrainer(DPOTrainer):
         self.precompute_ref_logps = True
         # TRL casts LoRA to bfloat16 for a quantized base; at small learning rates most updates
         # of an 8-bit mantissa round away.
-        for parameter in self.model.parameters():
+        for parameter in self.policy.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if FUSED_HEAD:
+            label_positions_only(self.policy)
+
+    @property
+    def policy(self) -> PeftModel:
+        return cast(PeftModel, self.model)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """TRL would tokenize the text again, which need not give the ids that were sampled."""
@@ -106,12 +117,12 @@ def train(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    model = trainer.model
+    model = trainer.policy
     try:
         with _shared_prefixes(trainer, recipe) as sharing:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         with atomic_directory(adapter) as partial:
-            model.save_pretrained(partial)
+            model.save_pretrained(str(partial))
             _name_base(partial, base)
         state = trainer.state
         best = state.best_global_step or state.global_step
@@ -195,7 +206,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, rows: int, base: Base) -> DPOC
     return DPOConfig(
         output_dir=str(checkpoints),
         seed=recipe.seed,
-        loss_type=recipe.loss,
+        loss_type=[recipe.loss],
         beta=recipe.beta,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",
@@ -233,8 +244,8 @@ def _shared_prefixes(trainer: MIPOTrainer, recipe: Recipe) -> Iterator[str]:
         yield "off: the recipe says so"
         return
     batch = next(iter(trainer.get_train_dataloader()))
-    check = self_check(trainer.model, batch)
-    with share_prefixes(trainer.model) if check.ok else nullcontext():
+    check = self_check(trainer.policy, batch)
+    with share_prefixes(trainer.policy) if check.ok else nullcontext():
         yield check.message
 
 
