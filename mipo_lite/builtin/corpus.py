@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from mipo_lite.builtin import phrasings, values
+from mipo_lite.builtin import more_phrasings, phrasings, values
 from mipo_lite.builtin.chats import Block, expand, load_blocks
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
@@ -41,6 +41,8 @@ class Mix:
     indirect_fact: float = 0.54  # other answers that use a fitting fact
     wrong: float = 0.08  # answers with made-up facts
     fact_weight: float = 1.0  # loss weight of copied values
+    freer: bool = False  # whether profiles also use `more_phrasings.py`
+    held_out: bool = False  # whether they are prose in phrasings kept from training
 
 
 @dataclass
@@ -85,12 +87,16 @@ def article(text: str) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", text)
 
 
-def _sentence(rng: random.Random, topic: str, value: str, kind: str, held_out: bool) -> str:
+def _sentence(rng: random.Random, mix: Mix, topic: str, value: str, kind: str) -> str:
     if topic.startswith("thing"):
-        choices = phrasings.THING_SENTENCES
+        text = rng.choice(phrasings.THING_SENTENCES)
+    elif mix.held_out:
+        text = rng.choice(phrasings.HELD_OUT[topic])
+    elif mix.freer and rng.random() < 0.6:
+        text = expand(rng, rng.choice(more_phrasings.SENTENCES[topic]))
     else:
-        choices = (phrasings.HELD_OUT if held_out else phrasings.SENTENCES)[topic]
-    text = article(rng.choice(choices).replace("{v}", value).replace("{kind}", kind))
+        text = rng.choice(phrasings.SENTENCES[topic])
+    text = article(text.replace("{v}", value).replace("{kind}", kind))
     return text[0].upper() + text[1:]
 
 
@@ -115,7 +121,9 @@ def _note(rng: random.Random, topic: str, value: str, kind: str) -> str:
     return rng.choice(phrasings.NOTES[topic]).replace("{v}", value).replace("{kind}", kind)
 
 
-def _filler(rng: random.Random) -> str:
+def _filler(rng: random.Random, mix: Mix) -> str:
+    if mix.freer and rng.random() < 0.4:
+        return expand(rng, rng.choice(more_phrasings.FILLERS))
     if rng.random() < 0.4:
         return rng.choice(phrasings.FILLERS)
     return " ".join(rng.choice(part) for part in phrasings.FILLER_PARTS) + "."
@@ -145,16 +153,15 @@ def draw_value(rng: random.Random, topic: str) -> str:
 def make_profile(
     rng: random.Random,
     mix: Mix,
-    held_out: bool = False,
     draw: Callable[[random.Random, str], str] = draw_value,
 ) -> Profile:
-    """A profile of random topics and layout; `held_out` takes phrasings kept from training."""
+    """A profile of random topics and layout."""
     count = rng.randint(*mix.topics)
     topics = rng.sample(sorted(values.TOPICS), min(count, len(values.TOPICS)))
     for important in ("name", "city", "pet", "job", "hobby"):
         if important not in topics and rng.random() < 0.35:
             topics.append(important)
-    things = rng.choices([0, 1, 2], [0.75, 0.17, 0.08])[0] if not held_out else 0
+    things = rng.choices([0, 1, 2], [0.75, 0.17, 0.08])[0] if not mix.held_out else 0
     profile = Profile()
     for topic in topics:
         profile.facts[topic] = draw(rng, topic)
@@ -169,19 +176,19 @@ def make_profile(
         order.remove("name")
         order.insert(0, "name")
     layout = (
-        "prose" if held_out else rng.choices(["prose", "list", "notes", "mixed"], [5, 3, 1, 1])[0]
+        "prose"
+        if mix.held_out
+        else rng.choices(["prose", "list", "notes", "mixed"], [5, 3, 1, 1])[0]
     )
-    profile.text = _lay_out(rng, mix, profile, order, layout, held_out)
+    profile.text = _lay_out(rng, mix, profile, order, layout)
     return profile
 
 
-def _lay_out(
-    rng: random.Random, mix: Mix, profile: Profile, order: list[str], layout: str, held_out: bool
-) -> str:
+def _lay_out(rng: random.Random, mix: Mix, profile: Profile, order: list[str], layout: str) -> str:
     def item(topic: str) -> tuple[str, str, str]:
         return topic, profile.facts[topic], profile.kinds.get(topic, "")
 
-    fillers = [_filler(rng) for _ in range(rng.randint(*mix.fillers))]
+    fillers = [_filler(rng, mix) for _ in range(rng.randint(*mix.fillers))]
     opener = rng.choice(phrasings.OPENERS) if rng.random() < 0.3 else ""
     if layout == "notes":
         mark = rng.choice([", ", "; ", ". ", "\n", " / "])
@@ -189,7 +196,7 @@ def _lay_out(
         return (opener + "\n" if opener else "") + mark.join(notes) + rng.choice(["", "."])
     listed = order if layout == "list" else order[len(order) // 2 :] if layout == "mixed" else []
     told = [topic for topic in order if topic not in listed]
-    sentences = [_sentence(rng, *item(topic), held_out) for topic in told]
+    sentences = [_sentence(rng, mix, *item(topic)) for topic in told]
     for filler in fillers:
         sentences.insert(rng.randint(0, len(sentences)), filler)
     parts = []
@@ -330,8 +337,10 @@ def _sum(rng: random.Random) -> tuple[str, str]:
         )
     who = values.name(rng).split()[0]
     item = rng.choice(
-        ["apples", "books", "coins", "stamps", "cards", "eggs", "pens", "cups", "keys", "balls"]
-        + ["chairs", "flowers", "tickets"]
+        re.findall(
+            r"\w+",
+            "apples books coins stamps cards eggs pens cups keys balls chairs flowers tickets",
+        )
     )
     if plus:
         more = rng.choice(["buys {} more", "finds {} more", "gets {} from a friend", "makes {}"])

@@ -12,23 +12,19 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-)
 
+from mipo_lite.base import Base, BaseSource, load_base
 from mipo_lite.builtin import values
 from mipo_lite.builtin.chats import expand
 from mipo_lite.builtin.corpus import PROMPTS, Mix, Profile, blocks, make_profile
 from mipo_lite.builtin.facts import contains, fact_use, wrong_fact
 
 MODEL = Path(__file__).with_name("model")
-MADE_UP = Mix(topics=(4, 8), fillers=(0, 4))
+MADE_UP = Mix(topics=(4, 8), fillers=(0, 4), freer=True)
 
 
 def invented_value(rng: random.Random, topic: str) -> str:
@@ -41,13 +37,12 @@ def invented_value(rng: random.Random, topic: str) -> str:
 
 
 def fresh_profile(rng: random.Random, held_out: bool) -> Profile:
-    return make_profile(rng, MADE_UP, held_out, draw=invented_value)
+    return make_profile(rng, replace(MADE_UP, held_out=held_out), draw=invented_value)
 
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel,
-    tokenizer: AutoTokenizer,
+    base: Base,
     requests: list[tuple[str, str]],
     sampled: bool = False,
     seed: int = 0,
@@ -61,18 +56,21 @@ def answers(
         for context, request in requests[start : start + batch_size]:
             messages = [{"role": "system", "content": context}] if context else []
             chats.append([*messages, {"role": "user", "content": request}])
-        batch = tokenizer.apply_chat_template(
+        batch = base.tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
         choice = {"do_sample": True, "top_k": 0} if sampled else {"do_sample": False}
-        out = model.generate(**batch, max_new_tokens=48, **choice)
+        out = base.model.generate(**batch, max_new_tokens=48, **choice)
         width = batch["input_ids"].shape[1]
-        texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        texts += base.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
     return texts
 
 
 def copying(
-    model: PreTrainedModel, tokenizer: AutoTokenizer, profiles: int, held_out: bool, seed: int
+    base: Base,
+    profiles: int,
+    held_out: bool,
+    seed: int,
 ) -> tuple[Counter[str], Counter[str]]:
     """Direct questions about made-up values: (right answers, questions), both by topic."""
     rng = random.Random(seed)
@@ -90,7 +88,7 @@ def copying(
                 for animal in ("dog", "cat", "rabbit", "parrot"):
                     ask = ask.replace(animal, kind)
             rows.append((topic, value, profile.text, ask))
-    told = answers(model, tokenizer, [(row[2], row[3]) for row in rows])
+    told = answers(base, [(row[2], row[3]) for row in rows])
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     for (topic, value, _, _), answer in zip(rows, told, strict=True):
@@ -100,7 +98,10 @@ def copying(
 
 
 def sampled_use(
-    model: PreTrainedModel, tokenizer: AutoTokenizer, times: int, seed: int, sampled: bool = True
+    base: Base,
+    times: int,
+    seed: int,
+    sampled: bool = True,
 ) -> list[dict[str, float]]:
     """Per evaluation context: share of held-out answers with a fitting fact, with a wrong one."""
     prompts = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
@@ -109,7 +110,7 @@ def sampled_use(
     for line in values.EVAL_CONTEXTS.read_text(encoding="utf-8").splitlines():
         person = json.loads(line)
         requests = [(person["text"], row["text"]) for row in prompts]
-        told = answers(model, tokenizer, requests, sampled, seed)
+        told = answers(base, requests, sampled, seed)
         uses, wrong = [], []
         for row, answer in zip(prompts, told, strict=True):
             use = fact_use(answer, person["facts"], row["topics"])
@@ -126,11 +127,11 @@ def sampled_use(
     return results
 
 
-def leaks(model: PreTrainedModel, tokenizer: AutoTokenizer, seed: int) -> float:
+def leaks(base: Base, seed: int) -> float:
     """Share of sampled answers without any context that contain a fact of an evaluation person."""
     prompts = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     prompts = [row for row in prompts if row["topics"]]
-    told = answers(model, tokenizer, [("", row["text"]) for row in prompts], True, seed)
+    told = answers(base, [("", row["text"]) for row in prompts], True, seed)
     people = values.EVAL_CONTEXTS.read_text(encoding="utf-8").splitlines()
     facts = [json.loads(line)["facts"] for line in people]
     found = [
@@ -141,7 +142,7 @@ def leaks(model: PreTrainedModel, tokenizer: AutoTokenizer, seed: int) -> float:
     return sum(found) / len(found)
 
 
-def sums(model: PreTrainedModel, tokenizer: AutoTokenizer, count: int, seed: int) -> int:
+def sums(base: Base, count: int, seed: int) -> int:
     """Small sums answered greedily with the right result, of `count`."""
     rng = random.Random(seed)
     asked, results = [], []
@@ -149,28 +150,11 @@ def sums(model: PreTrainedModel, tokenizer: AutoTokenizer, count: int, seed: int
         a, b = rng.randint(1, 30), rng.randint(1, 20)
         asked.append(("", f"What is {a} plus {b}?"))
         results.append(str(a + b))
-    told = answers(model, tokenizer, asked)
+    told = answers(base, asked)
     return sum(
         result in re.findall(r"\d+", answer)[-1:]
         for answer, result in zip(told, results, strict=True)
     )
-
-
-def load(path: Path, quantized: bool) -> tuple[PreTrainedModel, AutoTokenizer]:
-    """The model in float32, or as 4-bit NF4 with float32 compute."""
-    if quantized:
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            path, quantization_config=settings, dtype=torch.float32
-        )
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
 def main() -> None:
@@ -180,10 +164,10 @@ def main() -> None:
     parser.add_argument("--profiles", type=int, default=60)
     parser.add_argument("--seed", type=int, default=12345)
     given = parser.parse_args()
-    model, tokenizer = load(given.model, given.nf4)
+    base = load_base(BaseSource("builtin", given.model), quantized=given.nf4)
     print(f"{given.model}, {'NF4' if given.nf4 else 'float32'}")
     for held_out in (False, True):
-        right, asked = copying(model, tokenizer, given.profiles, held_out, given.seed)
+        right, asked = copying(base, given.profiles, held_out, given.seed)
         print(
             f"\nmade-up values copied greedily, phrasings {'not ' if held_out else ''}trained on:"
         )
@@ -192,13 +176,13 @@ def main() -> None:
     for sampled in (True, False):
         times = 2 if sampled else 1
         print(f"\nevaluation contexts, held-out prompts, {'sampled' if sampled else 'greedy'}:")
-        rows = sampled_use(model, tokenizer, times, given.seed, sampled)
+        rows = sampled_use(base, times, given.seed, sampled)
         for row in rows:
             print("  " + ", ".join(f"{name} {figure:.3f}" for name, figure in row.items()))
         for name in ("fact_use", "wrong_fact"):
             print(f"  mean {name} {sum(row[name] for row in rows) / len(rows):.3f}")
-    print(f"\nfacts without context, sampled: {leaks(model, tokenizer, given.seed):.4f}")
-    print(f"small sums, greedy: {sums(model, tokenizer, 100, given.seed)} of 100")
+    print(f"\nfacts without context, sampled: {leaks(base, given.seed):.4f}")
+    print(f"small sums, greedy: {sums(base, 100, given.seed)} of 100")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mipo_lite.builtin.corpus import Document, Mix, document
 from mipo_lite.builtin.tokenizer import VOCABULARY, as_chat_tokenizer
 
-LENGTHS = (128, 192, 256, 1024)
+LENGTHS = (128, 192, 256, 320, 1024)
 CHUNK_TOKENS = 400_000
 
 COPYING = Mix(
@@ -54,7 +54,15 @@ READING = replace(
     indirect_fact=0.65,
     wrong=0.05,
 )
-NATURAL = Mix(repeats=0.04, topics=(2, 10), fillers=(0, 6))
+NATURAL = Mix(
+    topics=(2, 10),
+    fillers=(0, 6),
+    repeats=0.04,
+    sums=0.10,
+    direct_fact=0.84,
+    indirect_fact=0.58,
+    fact_weight=2.0,
+)
 LONG = replace(NATURAL, repeats=0.0, no_profile=0.0, topics=(10, 14), fillers=(20, 65))
 
 
@@ -63,10 +71,11 @@ class Settings:
     """Of the training; tokens are those of the text, without padding."""
 
     seed: int = 0
-    tokens: int = 36_000_000
+    tokens: int = 26_500_000
     copying_tokens: int = 4_000_000  # of COPYING at the start
-    natural_tokens: int = 9_000_000  # of NATURAL at the end
-    decay_tokens: int = 10_000_000  # over which the learning rate falls to zero, at the end
+    freer_from: int = 12_152_256  # from here on profiles use freer phrasings too
+    natural_tokens: int = 8_000_000  # of NATURAL at the end
+    decay_tokens: int = 9_000_000  # over which the learning rate falls to zero, at the end
     batch_tokens: int = 8192
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
@@ -89,13 +98,14 @@ def new_model(settings: Settings) -> Qwen2ForCausalLM:
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=2,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     return Qwen2ForCausalLM(config)
 
 
 def make_optimizers(model: torch.nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    matrices, rest = [], []
+    matrices: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
     return [
@@ -116,8 +126,10 @@ def mix_at(settings: Settings, rng: random.Random, done: int) -> Mix:
     if done < settings.copying_tokens:
         return COPYING
     if rng.random() < settings.long_share:
-        return LONG
-    return READING if done < settings.tokens - settings.natural_tokens else NATURAL
+        mix = LONG
+    else:
+        mix = READING if done < settings.tokens - settings.natural_tokens else NATURAL
+    return replace(mix, freer=done >= settings.freer_from)
 
 
 def token_weights(doc: Document, offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -139,11 +151,10 @@ def chunk(
     while count < CHUNK_TOKENS:
         docs = [document(rng, mix_at(settings, rng, done + count)) for _ in range(256)]
         for doc, encoded in zip(docs, tokenizer.encode_batch([d.text for d in docs]), strict=True):
-            ids = encoded.ids[: LENGTHS[-1] + 1]
-            weights = token_weights(doc, encoded.offsets)[: len(ids)]
-            length = next(n for n in LENGTHS if len(ids) <= n + 1)
-            rows[length].append((ids, weights))
-            count += len(ids)
+            tokens = encoded.ids[: LENGTHS[-1] + 1]
+            length = next(n for n in LENGTHS if len(tokens) <= n + 1)
+            rows[length].append((tokens, token_weights(doc, encoded.offsets)[: len(tokens)]))
+            count += len(tokens)
     batches = []
     for length, members in rows.items():
         size = max(1, settings.batch_tokens // length)
@@ -163,7 +174,7 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: Tokenizer, out: Path) -> None
     fresh = Qwen2ForCausalLM(model.config)
     fresh.load_state_dict(model.state_dict())
     fresh.tie_weights()
-    fresh.to(torch.bfloat16)
+    fresh.bfloat16()
     fresh.generation_config.eos_token_id = 2
     fresh.generation_config.pad_token_id = 0
     fresh.save_pretrained(out)

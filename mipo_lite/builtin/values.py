@@ -118,7 +118,8 @@ FOOD_WHOLE = (
 FOOD_FIRST = (
     "tomato onion mushroom lentil bean pea potato carrot pumpkin spinach cabbage leek garlic corn "
     "rice noodle barley chicken fish shrimp egg cheese tofu nut apple pear plum cherry lemon "
-    "pepper beet celery chickpea olive herb cream butter oat coconut peanut mustard radish turnip okra"
+    "pepper beet celery chickpea olive herb cream butter oat coconut peanut mustard radish "
+    "turnip okra"
 ).split()
 FOOD_LAST = (
     "soup stew pie curry salad pancakes dumplings noodles bread rolls pasta rice casserole tart "
