@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ except (ImportError, OSError, RuntimeError) as error:
 
 Listener = Callable[[int, str], None]
 WARN, ERROR, CONTINUED = 2, 3, 5  # ggml_log_level
+NORMALIZER_KEY = "tokenizer.mipo_lite.normalizer"  # ours; others ignore keys they do not know
 
 _recent: deque[str] = deque(maxlen=20)
 _listener: Listener | None = None
@@ -91,9 +93,16 @@ def open_gguf(path: Path | str, **options: Any) -> Iterator[llama_cpp.Llama]:
         llama.close()
 
 
-def encode(llama: llama_cpp.Llama, text: str, *, special: bool = True) -> list[int]:
-    """Token ids without bos and eos; special tokens in the text count as such."""
-    tokens: list[int] = llama.tokenize(text.encode("utf-8"), add_bos=False, special=special)
+def encode(llama: llama_cpp.Llama, text: str) -> list[int]:
+    """Token ids without bos and eos; special tokens in the text count as such.
+
+    The text is normalized first where the file says that its tokenizer does, because llama.cpp does
+    not.
+    """
+    form = llama.metadata.get(NORMALIZER_KEY)
+    if form == "NFC":
+        text = unicodedata.normalize("NFC", text)
+    tokens: list[int] = llama.tokenize(text.encode("utf-8"), add_bos=False, special=True)
     return tokens
 
 

@@ -18,6 +18,7 @@ import gguf
 from gguf import TokenType
 
 from ..errors import UserError
+from .llama import NORMALIZER_KEY
 
 SPACE = "▁"  # how SentencePiece writes a space
 _WAY_OUT = "Export it with llama.cpp's own converter, which may know this tokenizer."
@@ -59,6 +60,10 @@ class Vocabulary:
         add_bos, add_eos: what encoding plain text adds.
         add_space_prefix: whether text begins with a space of its own, for llama.
         chat_template: Jinja source.
+        plain: which texts, without a chat around them, llama.cpp can encode alike: all, those that
+            do not begin with a space, or none. SentencePiece and llama.cpp put a space before every
+            text; newer tokenizers (Metaspace) only where there is none yet, or only at the very
+            beginning.
         normalizer: unicode normal form that the tokenizer applies and llama.cpp does not.
     """
 
@@ -73,6 +78,7 @@ class Vocabulary:
     add_eos: bool = False
     add_space_prefix: bool = False
     chat_template: str | None = None
+    plain: Literal["all", "unspaced", "none"] = "all"
     normalizer: Literal["NFC"] | None = None
 
     def write(self, writer: gguf.GGUFWriter) -> None:
@@ -90,6 +96,8 @@ class Vocabulary:
         writer.add_add_eos_token(self.add_eos)
         if self.model == "llama":
             writer.add_add_space_prefix(self.add_space_prefix)
+        if self.normalizer:
+            writer.add_string(NORMALIZER_KEY, self.normalizer)
         if self.chat_template:
             writer.add_chat_template(self.chat_template)
 
@@ -181,32 +189,37 @@ def _sentencepiece(
         token.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else token
         for token, kind in zip(tokens, types, strict=True)
     ]
+    prefix, plain = _opening(backend, common["chat_template"])
     return Vocabulary(
         "llama",
         "default",
         tokens,
         types,
         scores=scores,
-        add_space_prefix=_space_prefix(backend, common["chat_template"]),
+        add_space_prefix=prefix,
+        plain=plain,
         **common,
     )
 
 
-def _space_prefix(backend: dict[str, Any], chat_template: str | None) -> bool:
+def _opening(
+    backend: dict[str, Any], chat_template: str | None
+) -> tuple[bool, Literal["all", "unspaced", "none"]]:
+    """add_space_prefix, and `plain` of `Vocabulary`."""
     steps = [*_steps(backend["normalizer"]), *_steps(backend["pre_tokenizer"])]
-    prefix = False
     for step in steps:
         kind = step["type"]
         if kind == "Prepend" and step["prepend"] == SPACE:
-            prefix = True
-        elif kind == "Metaspace":
-            scheme = step["prepend_scheme"]
-            # "first" puts the space only where the text begins, llama.cpp after every special
-            # token too. A chat begins with a special token, so there no space is right.
-            prefix = scheme == "always" or (scheme == "first" and not chat_template)
-        elif not (kind == "Replace" and step["content"] == SPACE) and kind != "Split":
+            return True, "all"
+        if kind == "Metaspace" and step["prepend_scheme"] != "never":
+            # "first" means the beginning of the text and not what follows a special token, but
+            # llama.cpp only knows both or none. A chat begins with a special token: none.
+            if step["prepend_scheme"] == "first" and chat_template:
+                return False, "none"
+            return True, "unspaced"
+        if kind not in ("Replace", "Split", "Metaspace"):
             raise UserError(f"The SentencePiece tokenizer has a {kind} step.", _WAY_OUT)
-    return prefix
+    return False, "all"
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
