@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .improve_flow import improve as improve
     from .pipeline import personalize as personalize
     from .recipe import Recipe as Recipe
     from .run import Run as Run
 
-__all__ = ["Recipe", "Run", "personalize"]
+__all__ = ["Recipe", "Run", "improve", "personalize"]
 
-_HOMES = {"personalize": "pipeline", "Recipe": "recipe", "Run": "run"}
+_HOMES = {
+    "improve": "improve_flow",
+    "personalize": "pipeline",
+    "Recipe": "recipe",
+    "Run": "run",
+}
 
 
 def __getattr__(name: str) -> Any:

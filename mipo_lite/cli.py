@@ -61,7 +61,7 @@ def personalize(
     recipe: RecipeOption = None,
     settings: SetOption = None,
     run: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="Run directory [runs/FILE].")
+        Path | None, typer.Option("--run", metavar="DIR", help="Run directory; default runs/FILE.")
     ] = None,
     seed: SeedOption = None,
     trust_remote_code: TrustOption = False,
@@ -88,6 +88,61 @@ def personalize(
         print_plan(pipeline.preview(user_context, **arguments))
         return
     finished = pipeline.personalize(user_context, **arguments, trust_remote_code=trust_remote_code)
+    print_summary(finished)
+
+
+@app.command()
+def improve(
+    prompts: Annotated[
+        Path,
+        typer.Option("--prompts", metavar="FILE", help="Questions: JSONL, CSV, or text lines."),
+    ],
+    eval_prompts: Annotated[
+        Path | None,
+        typer.Option("--eval-prompts", metavar="FILE", help="Questions to hold out; default: a third of them."),
+    ] = None,
+    question_column: Annotated[
+        str | None, typer.Option("--question-column", help="Where it is not found by name.")
+    ] = None,
+    answer_column: Annotated[
+        str | None, typer.Option("--answer-column", help="Only the evaluation reads it.")
+    ] = None,
+    negatives: Annotated[
+        str | None, typer.Option("--negatives", help="random, near, far or answers.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="How often the policy writes new pairs.")
+    ] = None,
+    base: BaseOption = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Run directory; default runs/FILE.")
+    ] = None,
+    seed: SeedOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Make answers say more about their question: sums, multiple choice; no answers needed.
+
+    Run it again with the same --run and it goes on where it stopped.
+    """
+    from .improve_flow import improve as start
+    from .report.summary import print_summary
+
+    finished = start(
+        prompts,
+        eval_prompts=eval_prompts,
+        question_column=question_column,
+        answer_column=answer_column,
+        negatives=negatives,
+        rounds=rounds,
+        base=base,
+        recipe=recipe,
+        settings=settings or [],
+        run=run,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
     print_summary(finished)
 
 

@@ -56,9 +56,12 @@ def _row(pair: dict[str, Any], logprobs: Sequence[float], recipe: Recipe) -> dic
     """A line of scores.jsonl."""
     chosen, chosen_without, rejected, rejected_without = logprobs
     pmi_chosen, pmi_rejected = chosen - chosen_without, rejected - rejected_without
-    why = drop_reason(
-        pair["chosen_ids"], pair["rejected_ids"], pmi_chosen - pmi_rejected, recipe.min_contrast
-    )
+    # Two answers to one question are contrasted by their answers, as the pair itself says.
+    contrast = pair.get("contrast", pmi_chosen - pmi_rejected)
+    why = drop_reason(pair["chosen_ids"], pair["rejected_ids"], contrast, recipe.min_contrast)
+    other_question = pair["negative"]["prompt_id"] != pair["prompt_id"]
+    if why is None and other_question and pmi_rejected > -recipe.min_contrast:
+        why = "false negative"
     return {
         "id": pair["id"],
         "ref_chosen": chosen,
@@ -73,7 +76,11 @@ def _row(pair: dict[str, Any], logprobs: Sequence[float], recipe: Recipe) -> dic
 def drop_reason(
     chosen: Sequence[int], rejected: Sequence[int], contrast: float, min_contrast: float
 ) -> str | None:
-    """Why a pair is dropped: "identical", "no contrast" (in nats), or None: it is kept."""
+    """Why a pair is dropped: "identical", "no contrast" (in nats), or None: it is kept.
+
+    Beside these, `score_pairs` drops a "false negative": a response to another question that is
+    as likely under this one.
+    """
     if list(chosen) == list(rejected):
         return "identical"
     if abs(contrast) < min_contrast:

@@ -20,11 +20,12 @@ from typing import Any
 from .base import Base, BaseSource, check_context_fits, find_base, load_base
 from .console import console, progress
 from .contexts import Persona, load_facts, load_user_context, persona_pool
-from .errors import UserError
+from .errors import UsageError, UserError
 from .prompts import Prompt, from_row, load_prompts
 from .recipe import Recipe, load_recipe
 from .run import Run, append_jsonl, fingerprint, read_json, read_jsonl, write_json
 
+NEGATIVES = ("missing", "random", "mixed")  # of personalize
 VERSIONS = ("mipo-lite", "torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python")
 
 
@@ -148,6 +149,11 @@ def prepare(
     facts = load_facts(user_context)
     chosen_prompts = load_prompts(prompts)
     chosen, source = resolve(recipe, settings, {"base": base, "seed": seed})
+    if chosen.negatives not in NEGATIVES:
+        raise UsageError(
+            f"negatives can not be {chosen.negatives!r} for personalize.",
+            f"Choose one of: {', '.join(NEGATIVES)}.",
+        )
     check_context_fits(source, text, chosen.max_new_tokens, trust_remote_code)
     path = run or Path("runs") / user_context.stem
     inputs = {
@@ -156,6 +162,24 @@ def prepare(
         "context": fingerprint([text, facts]),
         "prompts": fingerprint([prompt.as_row() for prompt in chosen_prompts]),
     }
+
+    def write(created: Run) -> None:
+        write_json(created / "context.json", {"text": text, "facts": facts})
+        (created / "prompts.jsonl").unlink(missing_ok=True)
+        append_jsonl(created / "prompts.jsonl", (prompt.as_row() for prompt in chosen_prompts))
+
+    return open_or_create(path, inputs, chosen, source, write, trust_remote_code)
+
+
+def open_or_create(
+    path: Path,
+    inputs: dict[str, Any],
+    chosen: Recipe,
+    source: BaseSource,
+    write: Callable[[Run], None],
+    trust_remote_code: bool,
+) -> Flow:
+    """The run at `path`, checked to be of the same inputs, or a new one that `write` fills."""
     if (path / "run.json").is_file():
         opened = Run(path)
         _check_same(opened, inputs)
@@ -172,23 +196,24 @@ def prepare(
         "device": _device(),
     }
     created = Run.create(path, meta)
-    write_json(created / "context.json", {"text": text, "facts": facts})
-    (created / "prompts.jsonl").unlink(missing_ok=True)
-    append_jsonl(created / "prompts.jsonl", (prompt.as_row() for prompt in chosen_prompts))
+    write(created)
     return Flow(created, chosen, source, trust_remote_code)
 
 
 def resolve(
-    recipe: str | None, settings: Iterable[str], flags: dict[str, Any]
+    recipe: str | None,
+    settings: Iterable[str],
+    flags: dict[str, Any],
+    defaults: tuple[str, str] = ("builtin", "default"),
 ) -> tuple[Recipe, BaseSource]:
-    """The recipe and the base. Without a recipe, the base decides: builtin.yaml or default.yaml."""
+    """The recipe and the base. Without a recipe, the base decides: `defaults` (built-in, other)."""
     settings = list(settings)
     wanted = load_recipe(recipe, settings, flags)
     source = find_base(wanted.base)
     if source.reason:
         console.print(f"Base: {source.name} ({source.reason})")
     if recipe is None:
-        name = "builtin" if source.name == "builtin" else "default"
+        name = defaults[source.name != "builtin"]
         wanted = load_recipe(name, settings, flags)
     return wanted, source
 
@@ -204,8 +229,9 @@ def open_flow(path: Path, settings: Iterable[str] = (), trust_remote_code: bool 
 def execute(flow: Flow, only: str | None = None) -> None:
     """Run the stages that are not done; with `only`, up to that one and not beyond."""
     flow.run.meta["recipe"] = flow.recipe.model_dump()
-    before = fingerprint([flow.run.meta["context"], flow.run.meta["prompts"], flow.source.revision])
-    for stage in STAGES:
+    meta = flow.run.meta
+    before = fingerprint([meta.get("context"), meta["prompts"], flow.source.revision])
+    for stage in stages_of(flow.run):
         values = {key: flow.run.meta["recipe"][key] for key in stage.settings}
         before = fingerprint([before, stage.name, values])
         if not flow.run.is_done(stage.name, before):
@@ -214,6 +240,14 @@ def execute(flow: Flow, only: str | None = None) -> None:
                 stage.action(flow, entry)
         if stage.name == only:
             return
+
+
+def stages_of(run: Run) -> tuple[Stage, ...]:
+    if run.meta["command"] == "improve":
+        from .improve_flow import IMPROVE_STAGES
+
+        return IMPROVE_STAGES
+    return STAGES
 
 
 def _start_over_if_stale(run: Run, stage: Stage, inputs: str) -> None:
@@ -299,7 +333,7 @@ def _export(flow: Flow, entry: dict[str, Any]) -> None:
         run / "gguf",
         run.name,
         quants=flow.recipe.quants,
-        context=flow.user.text,
+        context=flow.user.text if (run / "context.json").is_file() else None,
         progress=progress,
     )
     entry["files"] = [str(file.relative_to(run.path)) for file in files]
@@ -323,7 +357,8 @@ def chat_model(
     file = model
     if model.is_dir():
         run = Run(model)
-        context = read_json(run / "context.json")["text"]
+        if (run / "context.json").is_file():
+            context = read_json(run / "context.json")["text"]
         files = sorted((run / "gguf").glob(f"{run.name}-*.gguf"))
         if not files:
             raise UserError(
@@ -407,8 +442,12 @@ def _check_same(run: Run, inputs: dict[str, Any]) -> None:
     ]
     if changed:
         raise UserError(f"{run.path} belongs to another recipe: {'; '.join(changed[:3])}.", fix)
-    for key, name in (("context", "user context"), ("prompts", "prompts")):
-        if recorded[key] != inputs[key]:
+    for key, name in (
+        ("context", "user context"),
+        ("prompts", "prompts"),
+        ("answers", "prompts (their answers differ)"),
+    ):
+        if recorded.get(key) != inputs.get(key):
             raise UserError(f"{run.path} was made with another {name} file.", fix)
 
 

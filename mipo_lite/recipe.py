@@ -41,12 +41,23 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31, description="seeds sampling, LoRA and data order")
 
     pairs: int = Field(400, ge=4, description="preference pairs to sample")
-    negatives: Literal["missing", "random", "mixed"] = Field(
-        "mixed", description="what conditions the rejected response: no context, another persona's"
+    negatives: Literal["missing", "random", "mixed", "near", "far", "answers"] = Field(
+        "mixed",
+        description="what conditions the rejected response. personalize: no context (missing), "
+        "another persona's (random), either (mixed). improve: a random, near or far other "
+        "question, or the same one, its answers contrasted (answers)",
     )
     pool_positives: float = Field(
         0.1, ge=0, lt=1, description="share of pairs whose chosen response saw a pool persona"
     )
+    answers_per_question: int = Field(
+        8, ge=2, description="responses to choose from, for negatives=answers"
+    )
+    rounds: int = Field(1, ge=1, description="improve: how often the policy writes new pairs")
+    reference: Literal["previous", "base"] = Field(
+        "previous", description="improve: the reference of later rounds"
+    )
+    instruction: str = Field("", description="improve: said after every question")
     temperature: float = Field(1.0, ge=0, le=5, description="of the pairs; 1 is the method's")
     top_p: float = Field(1.0, gt=0, le=1, description="of the pairs; 1 is the method's")
     max_new_tokens: int = Field(256, ge=4, description="longest response, tokens")

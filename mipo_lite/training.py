@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 import trl.trainer.utils
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -89,6 +89,7 @@ def train(
     adapter: Path,
     checkpoints: Path,
     watch: Callable[[int, int], None] = lambda step, steps: None,
+    start: Path | None = None,
 ) -> TrainingResult:
     """Train an adapter on the kept pairs and write it to `adapter`.
 
@@ -97,6 +98,7 @@ def train(
     Args:
         pairs, scores: lines of pairs.jsonl and scores.jsonl, joined by their id.
         watch: called as watch(step, steps) after every optimizer step.
+        start: an adapter of the same rank to go on from; None starts a new one.
 
     Raises:
         UserError: too few pairs were kept to train on and to watch.
@@ -118,6 +120,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     model = trainer.policy
+    if start is not None:
+        set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
     try:
         with _shared_prefixes(trainer, recipe) as sharing:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -47,9 +47,9 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
         ),
         (["beta"], "--set beta is not key=value.", "For example: --set learning_rate=1e-4"),
         (
-            ["negatives=none"],
-            "negatives can not be 'none': input should be 'missing', 'random' or 'mixed'.",
-            "negatives is: what conditions the rejected response: no context, another persona's.",
+            ["quants=q9_k"],
+            "quants can not be 'q9_k': input should be a valid list.",
+            "quants is: GGUF files to write.",
         ),
     ],
 )
