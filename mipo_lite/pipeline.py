@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -229,17 +229,23 @@ def open_flow(path: Path, settings: Iterable[str] = (), trust_remote_code: bool 
 def execute(flow: Flow, only: str | None = None) -> None:
     """Run the stages that are not done; with `only`, up to that one and not beyond."""
     flow.run.meta["recipe"] = flow.recipe.model_dump()
-    meta = flow.run.meta
-    before = fingerprint([meta.get("context"), meta["prompts"], flow.source.revision])
-    for stage in stages_of(flow.run):
-        values = {key: flow.run.meta["recipe"][key] for key in stage.settings}
-        before = fingerprint([before, stage.name, values])
-        if not flow.run.is_done(stage.name, before):
-            _start_over_if_stale(flow.run, stage, before)
-            with flow.run.stage(stage.name, before) as entry:
+    for stage, inputs in fingerprints(flow):
+        if not flow.run.is_done(stage.name, inputs):
+            _start_over_if_stale(flow.run, stage, inputs)
+            with flow.run.stage(stage.name, inputs) as entry:
                 stage.action(flow, entry)
         if stage.name == only:
             return
+
+
+def fingerprints(flow: Flow) -> Iterator[tuple[Stage, str]]:
+    """The stages in order, each with the fingerprint of all that its result depends on."""
+    meta = flow.run.meta
+    recipe = flow.recipe.model_dump()
+    before = fingerprint([meta.get("context"), meta["prompts"], flow.source.revision])
+    for stage in stages_of(flow.run):
+        before = fingerprint([before, stage.name, {key: recipe[key] for key in stage.settings}])
+        yield stage, before
 
 
 def stages_of(run: Run) -> tuple[Stage, ...]:
@@ -274,16 +280,15 @@ def _make_pairs(flow: Flow, entry: dict[str, Any]) -> None:
 
 def _score_pairs(flow: Flow, entry: dict[str, Any]) -> None:
     from .filtering import dropped, score_pairs
+    from .quality import pair_quality, print_quality
 
     pairs = read_jsonl(flow.run / "pairs.jsonl")
     base = flow.base
     with progress("Scoring pairs", len(pairs)) as advance:
         score_pairs(base, pairs, flow.recipe, flow.run / "scores.jsonl", advance)
-    reasons = dropped(read_jsonl(flow.run / "scores.jsonl"))
-    entry["dropped"] = dict(reasons)
-    if reasons:
-        words = ", ".join(f"{count} {why}" for why, count in reasons.items())
-        console.print(f"  dropped {sum(reasons.values())} of {len(pairs)} pairs: {words}")
+    scores = read_jsonl(flow.run / "scores.jsonl")
+    entry["dropped"] = dict(dropped(scores))
+    print_quality(pair_quality(pairs, scores))
 
 
 def _train(flow: Flow, entry: dict[str, Any]) -> None:
@@ -337,6 +342,12 @@ def _export(flow: Flow, entry: dict[str, Any]) -> None:
         progress=progress,
     )
     entry["files"] = [str(file.relative_to(run.path)) for file in files]
+
+
+def _report(flow: Flow, entry: dict[str, Any]) -> None:
+    from .report.page import write_page
+
+    write_page(flow.run)
 
 
 def chat_model(
@@ -427,6 +438,7 @@ STAGES = (
         ("evaluation.jsonl", "metrics.json"),
     ),
     Stage("export", _export, ("quants",), ("merged", "gguf")),
+    Stage("report", _report, (), ("report.html",)),
 )
 
 

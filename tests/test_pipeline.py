@@ -1,0 +1,209 @@
+"""The whole flow on the built-in base, as the command line runs it; killed, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mipo_lite import pipeline
+from mipo_lite.errors import UserError
+from mipo_lite.run import Run, read_json, read_jsonl
+
+ROOT = Path(__file__).parent.parent
+ME = ROOT / "examples" / "me.txt"
+# Small enough for seconds, large enough for a checkpoint and for several chunks of pairs.
+SMALL = (
+    "pairs=24",
+    "sampling_batch=8",
+    "max_new_tokens=24",
+    "epochs=2",
+    "batch_size=4",
+    "micro_batch=4",
+    "eval_prompts=4",
+    "eval_samples=1",
+    "quants=[q4_k_m]",
+)
+
+
+def command(run: Path, *settings: str) -> list[str]:
+    arguments = ["personalize", "--user-context", str(ME), "--base", "builtin", "--run", str(run)]
+    for setting in (*SMALL, *settings):
+        arguments += ["--set", setting]
+    return [sys.executable, "-m", "mipo_lite", *arguments]
+
+
+def finish(arguments: list[str]) -> str:
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def kill_when(arguments: list[str], ready: Callable[[], bool], sent: int) -> int:
+    """Start the command, send it the signal as soon as `ready`; its exit code."""
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.01)
+    process.send_signal(sent)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted run, and what it printed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run, finish(command(run))
+
+
+def test_a_run_leaves_everything_it_promises(finished) -> None:
+    run, output = finished
+    for name in (
+        "run.json",
+        "pairs.jsonl",
+        "scores.jsonl",
+        "adapter/adapter_model.safetensors",
+        "metrics.json",
+        "report.html",
+        "merged/model.safetensors",
+        "gguf/whole-Q4_K_M.gguf",
+        "gguf/Modelfile",
+    ):
+        assert (run / name).is_file(), name
+    assert not (run / "checkpoints").exists()
+    assert f"mipo-lite chat {run}" in output.replace("\n", "")
+    stages = read_json(run / "run.json")["stages"]
+    assert {entry["state"] for entry in stages.values()} == {"done"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
+def test_everything_in_a_run_is_private(finished) -> None:
+    run, _ = finished
+    assert run.stat().st_mode & 0o777 == 0o700
+    for path in run.rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_pairs_hold_what_training_needs(finished) -> None:
+    run, _ = finished
+    pairs = read_jsonl(run / "pairs.jsonl")
+    scores = read_jsonl(run / "scores.jsonl")
+    assert [pair["id"] for pair in pairs] == [score["id"] for score in scores] == list(range(24))
+    page = ME.read_text("utf-8").strip()
+    for pair, score in zip(pairs, scores, strict=True):
+        if pair["persona"] == "user":
+            assert pair["prompt"][0] == {"role": "system", "content": page}
+        assert score["why"] == "identical" or pair["chosen_ids"] != pair["rejected_ids"]
+
+
+def test_no_page_text_in_run_json_or_in_the_output(finished) -> None:
+    run, output = finished
+    for text in ("Trondheim", "Knubbel", "lino cutting"):
+        assert text not in (run / "run.json").read_text("utf-8")
+        assert text not in output
+
+
+def test_a_finished_run_does_nothing_again(finished) -> None:
+    run, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix != ".json"}
+    finish(command(run))
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix != ".json"}
+    before.pop(run / ".lock", None)
+    after.pop(run / ".lock", None)
+    assert before == after
+
+
+def test_another_recipe_for_the_same_run_is_refused(finished) -> None:
+    run, _ = finished
+    with pytest.raises(UserError) as error:
+        pipeline.personalize(ME, base="builtin", run=run, settings=[*SMALL, "beta=0.2"])
+    assert error.value.what == f"{run} belongs to another recipe: beta was 0.1, now 0.2."
+    assert (
+        error.value.fix == "Give the same inputs to go on, or choose another --run to start anew."
+    )
+
+
+def test_another_page_for_the_same_run_is_refused(finished, tmp_path: Path) -> None:
+    run, _ = finished
+    other = tmp_path / "other.txt"
+    other.write_text("I am somebody else.")
+    with pytest.raises(UserError) as error:
+        pipeline.personalize(other, base="builtin", run=run, settings=SMALL)
+    assert error.value.what == f"{run} was made with another user context file."
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_killed_in_pairs_and_in_training_it_ends_the_same(finished, tmp_path: Path) -> None:
+    whole, _ = finished
+    run = tmp_path / "killed"
+
+    def some_pairs() -> bool:
+        return len(read_jsonl(run / "pairs.jsonl")) >= 8
+
+    def a_checkpoint() -> bool:
+        return any((run / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+
+    assert kill_when(command(run), some_pairs, signal.SIGKILL) == -signal.SIGKILL
+    assert len(read_jsonl(run / "pairs.jsonl")) < 24
+    assert kill_when(command(run), a_checkpoint, signal.SIGKILL) == -signal.SIGKILL
+    finish(command(run))
+    assert (run / "pairs.jsonl").read_bytes() == (whole / "pairs.jsonl").read_bytes()
+    assert list(run.rglob("*.partial")) == []
+    margins = [
+        read_json(path / "run.json")["stages"]["train"]["history"][-1] for path in (whole, run)
+    ]
+    assert margins[1] == pytest.approx(margins[0], abs=1e-4)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_polite_kill_say_how_to_go_on(tmp_path: Path, sent: int) -> None:
+    run = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "pairs.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-2:] == [
+        "Error: Stopped.",
+        "What was finished is kept: run the same command again to go on.",
+    ]
+    assert Run(run).meta["stages"]["pairs"]["state"] == "running"
+
+
+def test_a_changed_setting_redoes_what_depends_on_it(finished, tmp_path: Path) -> None:
+    """Fingerprints only: nothing is run."""
+    whole, _ = finished
+    flow = pipeline.open_flow(whole, ["learning_rate=0.5"])
+    assert flow.recipe.learning_rate == 0.5
+    stale = [
+        stage.name
+        for stage, inputs in pipeline.fingerprints(flow)
+        if not flow.run.is_done(stage.name, inputs)
+    ]
+    assert stale == ["train", "evaluate", "export", "report"]
+
+
+def test_metrics_have_before_after_and_intervals(finished) -> None:
+    run, _ = finished
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    pmi = metrics["with_context"]["sampled"]["pmi"]
+    assert pmi["low"] <= pmi["difference"] <= pmi["high"]
+    assert pmi["difference"] == pytest.approx(pmi["after"] - pmi["before"], abs=1e-3)
