@@ -118,7 +118,7 @@ def table(results: Sequence[dict[str, Any]], methods: Sequence[Method]) -> str:
         source = methods[0].name if name == BASE_ROW else name
         cells = [name]
         for mode, measure, digits in COLUMNS.values():
-            summaries = [result["baselines"][source][mode] for result in results]
+            summaries = [result["baselines"][source]["question"][mode] for result in results]
             values = [s[measure][side] for s in summaries if measure in s]
             cells.append(_cell(values, digits))
         lines.append("| " + " | ".join(cells) + " |")

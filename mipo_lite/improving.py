@@ -10,6 +10,7 @@ no other module compares anything with a reference answer.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +25,12 @@ from .base import Base
 from .console import progress
 from .errors import UserError
 from .evaluation import AFTER, BEFORE, Use, policies
+from .improving_verdict import conclude
 from .metrics import compare, compare_distinct_n, information, repetition
 from .problems import Problem
 from .prompts import Condition
 from .recipe import Recipe
-from .run import append_jsonl, read_jsonl, truncate_jsonl
+from .run import append_jsonl, atomic_write, read_jsonl, truncate_jsonl
 from .sampling import SampleRequest, sample
 from .scoring import score_matrix
 
@@ -66,7 +68,7 @@ def evaluate(
         problems: all problems of the run; only those held out are asked.
         adapters: name -> adapter directory. "after" is the trained one; any other name is a
             baseline that is measured beside it.
-        path: evaluation.jsonl, where answers are kept as they come.
+        path: evaluation.jsonl, where answers are kept as they come, measures added at the end.
     """
     questions = held_out_questions(problems, recipe)
     models = (BEFORE, *adapters)
@@ -76,8 +78,12 @@ def evaluate(
             answers = answer(base, use, models, questions, recipe, path, advance)
         with progress("Measuring", total) as advance:
             measures = measure(base, use, questions, answers, advance)
-    summaries = {name: summarize(questions, answers, measures, BEFORE, name) for name in adapters}
-    return {
+    _write_measures(path, answers, measures)
+    summaries = {
+        name: {"question": summarize(questions, answers, measures, BEFORE, name)}
+        for name in adapters
+    }
+    metrics = {
         "questions": len(questions),
         "with_reference": sum(q.problem.answer is not None for q in questions),
         "samples_per_question": recipe.eval_samples,
@@ -85,6 +91,7 @@ def evaluate(
         **summaries.pop(AFTER, {}),
         "baselines": summaries,
     }
+    return metrics | {"verdict": conclude(metrics).as_dict()}
 
 
 def held_out_questions(problems: Sequence[Problem], recipe: Recipe) -> list[HeldOut]:
@@ -251,6 +258,12 @@ def _with_marginal(scores: np.ndarray) -> np.ndarray:
     """
     marginal = np.logaddexp.reduce(scores[1:]) - math.log(len(scores) - 1)
     return np.concatenate([[marginal], scores])[None]
+
+
+def _write_measures(path: Path, answers: Sequence[Row], measures: Sequence[Measures]) -> None:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for row, found in zip(answers, measures, strict=True):
+            file.write(json.dumps(row | {"measures": found}, ensure_ascii=False) + "\n")
 
 
 def _looked_at(row: Row, problem: Problem) -> Measures:

@@ -250,14 +250,15 @@ def test_nothing_changes_without_training(
     metrics = evaluate(
         builtin_base, problems(), RECIPE, {"after": idle_adapter}, tmp_path / "evaluation.jsonl"
     )
+    assert metrics["verdict"]["word"] == "no change"
     assert metrics["questions"] == metrics["with_reference"] == 6
     assert metrics["prompts_ranked"] == 4
     for mode in ("sampled", "greedy", "majority"):
-        for name, values in metrics[mode].items():
+        for name, values in metrics["question"][mode].items():
             assert abs(values["difference"]) < 1e-3, (mode, name)
-    assert metrics["sampled"]["exact_match"]["n"] == 18
-    assert metrics["sampled"]["bits"]["before"] <= 2.0
-    assert metrics["majority"]["exact_match"]["n"] == 6
+    assert metrics["question"]["sampled"]["exact_match"]["n"] == 18
+    assert metrics["question"]["sampled"]["bits"]["before"] <= 2.0
+    assert metrics["question"]["majority"]["exact_match"]["n"] == 6
 
 
 def test_measures_against_a_slow_version(
