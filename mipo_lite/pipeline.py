@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -292,26 +292,34 @@ def _score_pairs(flow: Flow, entry: dict[str, Any]) -> None:
 
 
 def _train(flow: Flow, entry: dict[str, Any]) -> None:
+    entry |= _train_adapter(flow, flow.recipe, "Training", "adapter")
+
+
+def _train_baseline(flow: Flow, entry: dict[str, Any]) -> None:
+    """SFT on the same chosen responses, with the same budget and no early stop."""
+    if flow.recipe.sft_baseline:
+        recipe = flow.recipe.model_copy(
+            update={"loss": "sft", "patience": flow.recipe.evaluations + 1}
+        )
+        entry |= _train_adapter(flow, recipe, "Training the SFT baseline", "sft")
+
+
+def _train_adapter(flow: Flow, recipe: Recipe, what: str, name: str) -> dict[str, Any]:
     from .training import train
 
     run = flow.run
     base = flow.base
-    with progress("Training", 1) as bar:
+    with progress(what, 1) as bar:
         result = train(
             base,
             read_jsonl(run / "pairs.jsonl"),
             read_jsonl(run / "scores.jsonl"),
-            flow.recipe,
-            run / "adapter",
+            recipe,
+            run / name,
             run / "checkpoints",
             bar.set,
         )
-    entry |= {
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "prefix_sharing": result.prefix_sharing,
-        "history": result.history,
-    }
+    return asdict(result)
 
 
 def _evaluate(flow: Flow, entry: dict[str, Any]) -> None:
@@ -319,6 +327,8 @@ def _evaluate(flow: Flow, entry: dict[str, Any]) -> None:
 
     run = flow.run
     adapters = {"after": run / "adapter"}
+    if flow.recipe.sft_baseline:
+        adapters["SFT on chosen"] = run / "sft"
     metrics = evaluate(
         flow.base, flow.user, flow.prompts, flow.recipe, adapters, run / "evaluation.jsonl"
     )
@@ -431,6 +441,7 @@ STAGES = (
         ),
         ("adapter", "checkpoints"),
     ),
+    Stage("baseline", _train_baseline, ("sft_baseline",), ("sft",)),
     Stage(
         "evaluate",
         _evaluate,

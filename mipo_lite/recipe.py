@@ -82,6 +82,9 @@ class Recipe(BaseModel):
     patience: int = Field(3, ge=1, description="evaluations without a better held-out margin")
     evaluations: int = Field(6, ge=1, description="held-out evaluations over the training")
 
+    sft_baseline: bool = Field(
+        False, description="also train and measure SFT on the chosen responses, to compare"
+    )
     eval_prompts: int = Field(40, ge=2, description="held-out prompts of the evaluation")
     eval_samples: int = Field(1, ge=1, description="sampled responses per held-out prompt")
     eval_contexts: int = Field(8, ge=2, description="contexts that a response is ranked among")

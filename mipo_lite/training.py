@@ -207,6 +207,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, rows: int, base: Base) -> DPOC
     steps = max(1, math.ceil(math.ceil(rows / micro_batch) / accumulation * recipe.epochs))
     every = max(1, steps // recipe.evaluations)
     bf16 = base.model.dtype == torch.bfloat16
+    sft = recipe.loss == "sft"
     return DPOConfig(
         output_dir=str(checkpoints),
         seed=recipe.seed,
@@ -231,8 +232,9 @@ def _arguments(recipe: Recipe, checkpoints: Path, rows: int, base: Base) -> DPOC
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_rewards/margins",
-        greater_is_better=True,
+        # SFT has no margin to speak of; its own held-out loss says when it is best.
+        metric_for_best_model="eval_loss" if sft else "eval_rewards/margins",
+        greater_is_better=not sft,
         use_cpu=base.model.device.type == "cpu",
         dataloader_pin_memory=False,
         report_to="none",
