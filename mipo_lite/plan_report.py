@@ -1,0 +1,182 @@
+"""`mipo-lite plan`: what the planner found, for people or as JSON; and the table of the recipes.
+
+`python -m mipo_lite.plan_report` prints the table of recipes/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from rich.table import Table
+
+from .bases import why_not
+from .console import console
+from .contexts import load_user_context
+from .fitting import Device, Stage
+from .memory import GIB, MIB
+from .planning import Choice, Plan, choose_base, count_tokens, find_device, gib, plan
+from .recipe import Recipe, load_recipe
+
+# The card each recipe is made for, GiB; None for the CPU.
+RECIPE_CARDS = {"6gb": 6, "8gb": 8, "12gb": 12, "24gb": 24, "careful": 12}
+_STAGES = {"pairs": "sampling", "scores": "scoring", "train": "training"}
+
+
+def report(
+    base: str | None,
+    *,
+    vram_gib: float | None,
+    user_context: Path | None,
+    recipe: Recipe,
+    fixed: Iterable[str] = (),
+    as_json: bool = False,
+) -> None:
+    """Print what fits. Starts nothing, downloads at most a config.json.
+
+    Args:
+        base: as for --base; None or auto shows the table of known bases as well.
+        fixed: names of the settings that the user has set: see `planning.plan`.
+
+    Raises UserError for a base or a context that can not be had.
+    """
+    text = load_user_context(user_context) if user_context else None
+    device = find_device(vram_gib)
+    wanted: dict[str, Any] = {"recipe": recipe, "fixed": frozenset(fixed), "device": device}
+    choice = None
+    tokens = None
+    if base in (None, "auto"):
+        base = "builtin"
+        if device.is_gpu:
+            online = not constants.HF_HUB_OFFLINE
+            tokens = count_tokens(text, "auto") if text else None
+            choice = choose_base(
+                **wanted, context_tokens=tokens, why_not=lambda known: why_not(known, online)
+            )
+            base = choice.name
+    tokens = count_tokens(text, base) if text else None
+    planned = plan(base, context_tokens=tokens, **wanted)
+    if as_json:
+        value = planned.to_json() | {"reason": choice.reason if choice else ""}
+        print(json.dumps(value, indent=2))
+        return
+    if choice:
+        console.print(_candidates(choice, device))
+        console.print(f"auto would take {choice.name}: {choice.reason}.\n")
+    print_plan(planned)
+
+
+def print_plan(planned: Plan) -> None:
+    """One plan: memory by part for each stage, the settings, why, and the limits."""
+    device, shape = planned.device, planned.shape
+    console.print(
+        f"[bold]{planned.base}[/]: {shape.parameters / 1e6:,.0f} million parameters, on "
+        f"{device.name} with {gib(device.budget)} to use, "
+        f"context of {planned.context_tokens:,} tokens"
+    )
+    for stage in planned.stages:
+        console.print(_parts(stage, device))
+    settings = ", ".join(f"{key} {value}" for key, value in planned.settings.items())
+    console.print(f"Settings: {settings}", soft_wrap=True)
+    for reason in planned.reasons:
+        console.print(f"  {reason}", soft_wrap=True)
+    verdict = "It fits" if planned.fits else "[bold]It does not fit[/]"
+    console.print(
+        f"{verdict}. The largest user context that would: {planned.max_context:,} tokens."
+    )
+    if not planned.fits:
+        console.print(
+            "Choose a smaller base, shorten the context, or lower max_new_tokens or lora_rank."
+        )
+    measured = [stage.measured for stage in planned.stages if stage.measured is not None]
+    console.print(
+        "Computed from the model's config"
+        + (
+            ", corrected by what earlier runs measured on this GPU."
+            if measured
+            else ", not measured: the first run on a GPU measures and corrects it."
+        )
+    )
+
+
+def _parts(stage: Stage, device: Device) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(min_width=34)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row(f"[bold]{_STAGES[stage.name]}[/]", f"[bold]{gib(stage.peak)}[/]")
+    largest = max((part.bytes for part in stage.parts if part.in_turn), default=0)
+    for part in stage.parts:
+        spared = part.in_turn and part.bytes < largest
+        note = "at another moment, not added" if spared else ""
+        table.add_row(f"  {part.name}", size(part.bytes), note)
+    if stage.measured is None:
+        table.add_row("  fragmentation, an allowance", size(stage.allowance))
+    else:
+        table.add_row("  as measured here before", size(stage.allowance))
+    name = "CUDA context" if device.is_gpu else "Python and its libraries"
+    table.add_row(f"  {name}", size(stage.overhead))
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes in GiB, or in MiB where GiB would show nothing."""
+    return gib(count) if abs(count) >= GIB else f"{count / MIB:,.0f} MiB"
+
+
+def _candidates(choice: Choice, device: Device) -> Table:
+    table = Table(title=f"Bases on {gib(device.budget)}", title_justify="left")
+    for column in ("base", "needs", "largest context", "licence", ""):
+        table.add_column(
+            column, justify="right" if column in ("needs", "largest context") else "left"
+        )
+    for known, planned, verdict in choice.candidates:
+        chosen = known.name == choice.name
+        table.add_row(
+            f"[bold]{known.name}[/]" if chosen else known.name,
+            gib(planned.least),
+            f"{planned.max_context:,}",
+            known.licence + (", gated" if known.gated else ""),
+            "taken" if chosen else verdict,
+        )
+    return table
+
+
+def recipe_table() -> str:
+    """The memory plan of every recipe on the card it is made for, in Markdown.
+
+    The base is the one auto would take if everything that needs no agreement could be had.
+    """
+    lines = [
+        "| recipe | on | base | sampling | scoring | training | largest context | measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, card in RECIPE_CARDS.items():
+        recipe = load_recipe(name)
+        choice = choose_base(
+            vram_gib=card,
+            recipe=recipe,
+            fixed=recipe.model_fields_set,
+            why_not=lambda known: "licence" if known.gated or known.restricted else "",
+        )
+        assert choice.plan is not None
+        lines.append(_row(name, f"{card} GiB", choice.plan))
+    for name in ("cpu", "quick", "builtin"):
+        recipe = load_recipe(name)
+        device = Device("CPU", 4 * GIB, False)
+        planned = plan("builtin", recipe=recipe, fixed=recipe.model_fields_set, device=device)
+        lines.append(_row(name, "CPU", planned))
+    return "\n".join(lines)
+
+
+def _row(name: str, card: str, planned: Plan) -> str:
+    peaks = " | ".join(gib(stage.peak) for stage in planned.stages)
+    base = planned.base.rpartition("/")[2]
+    return f"| {name} | {card} | {base} | {peaks} | {planned.max_context:,} tokens | not measured |"
+
+
+if __name__ == "__main__":
+    print(recipe_table())
