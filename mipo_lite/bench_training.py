@@ -1,0 +1,261 @@
+"""What `bench` trains: random pairs, a 4-bit base, and three ways to train them.
+
+  trl              DPOTrainer as it is, the reference computed in each step with the adapter off
+  trl_precomputed  the same with reference log-probs computed beforehand
+  ours             MIPOTrainer with shared prefixes, its reference pass on shared prefixes too
+
+Token ids are random: speed does not depend on what they say.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WAYS = ("trl", "trl_precomputed", "ours")
+PROMPT_TOKENS = 24  # the request after the context; each pair has its own
+
+# Random weights of these shapes. "small" is a Qwen2 of 8 layers and 512 hidden, whose LM head
+# takes as large a share of a token's work (a quarter) as that of Qwen2.5-0.5B.
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 16_384,
+    },
+    "qwen2.5-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+    },
+    "qwen2.5-7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152_064,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. Lengths in tokens; `batch` in pairs; `base` or `shape` names the model."""
+
+    context_tokens: int = 1200
+    batch: int = 4
+    response_tokens: int = 96
+    base: str | None = None
+    shape: str | None = None
+    repeats: int = 5
+    gradient_checkpointing: bool = False
+    sampling_rows: int = 16
+    sampling_tokens: int = 64
+
+    @property
+    def row_tokens(self) -> int:
+        return self.context_tokens + PROMPT_TOKENS + self.response_tokens
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time by the clock, and processor time of all threads (which waiting for others spares)."""
+
+    clock: float = 0.0
+    processor: float = 0.0
+
+    @classmethod
+    def now(cls) -> Seconds:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return cls(time.perf_counter(), time.process_time())
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.clock + other.clock, self.processor + other.processor)
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        return Seconds(self.clock - other.clock, self.processor - other.processor)
+
+
+def make_pairs(settings: Settings, vocab_size: int, batches: int, seed: int = 0) -> list[dict]:
+    """`batches * batch` pairs of random token ids that all begin with the same context."""
+    rng = random.Random(seed)
+
+    def tokens(n: int) -> list[int]:
+        return [rng.randrange(16, vocab_size) for _ in range(n)]
+
+    context = tokens(settings.context_tokens)
+    return [
+        {
+            "prompt_ids": context + tokens(PROMPT_TOKENS),
+            "chosen_ids": tokens(settings.response_tokens),
+            "rejected_ids": tokens(settings.response_tokens),
+        }
+        for _ in range(batches * settings.batch)
+    ]
+
+
+@contextmanager
+def model_directory(settings: Settings) -> Iterator[Path]:
+    """The directory of the base, or one of random weights of the shape, deleted afterwards."""
+    if settings.base is not None:
+        from .base import find_base
+
+        yield find_base(settings.base).path
+        return
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+    config = Qwen2Config(
+        **SHAPES[settings.shape or "small"],
+        tie_word_embeddings=True,
+        max_position_embeddings=32_768,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(directory)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel({"<end>": 0, "<pad>": 1}, unk_token="<pad>")),
+            eos_token="<end>",
+            pad_token="<pad>",
+            chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
+        )
+        tokenizer.save_pretrained(directory)
+        del model
+        yield Path(directory)
+
+
+def load(directory: Path) -> Any:
+    """The base in NF4, as every command loads it."""
+    from .base import BaseSource, load_base
+
+    return load_base(BaseSource("bench", directory))
+
+
+class Way:
+    """One way to train, ready to do single steps on its own copy of the base."""
+
+    def __init__(self, name: str, settings: Settings, directory: Path, output: Path) -> None:
+        from .label_head import label_positions_only
+        from .prefix_sharing import install
+
+        self.name = name
+        base = load(directory)
+        self.vocab_size = base.model.config.vocab_size
+        self.trainer = _trainer(name, base, settings, output)
+        self.sharing = None
+        if name == "ours":
+            self.sharing = install(self.trainer.model)
+            label_positions_only(self.trainer.model)
+
+    def step(self, pairs: list[dict]) -> dict[str, Seconds]:
+        """Time of the reference pass (zero where it is part of the step) and of the step."""
+        reference = Seconds()
+        if self.name != "trl":
+            begin = Seconds.now()
+            pairs = self._with_reference(pairs)
+            reference = Seconds.now() - begin
+        return {"reference": reference, "step": _train_step(self.trainer, pairs)}
+
+    def _with_reference(self, pairs: list[dict]) -> list[dict]:
+        model = self.trainer.model
+        if self.name == "ours":
+            from .scoring import score_matrix
+
+            prompts = [[pair["prompt_ids"]] for pair in pairs]
+            responses = [pair[key] for key in ("chosen_ids", "rejected_ids") for pair in pairs]
+            with model.disable_adapter():
+                chosen, rejected = score_matrix(model, prompts * 2, responses)[:, 0].chunk(2)
+        else:
+            batch = self.trainer._prepare_inputs(self.trainer.data_collator(pairs))
+            chosen, rejected = self.trainer.compute_ref_log_probs(model, batch)
+        return [
+            {**pair, "ref_chosen_logps": float(c), "ref_rejected_logps": float(r)}
+            for pair, c, r in zip(pairs, chosen, rejected, strict=True)
+        ]
+
+
+def _trainer(name: str, base: Any, settings: Settings, output: Path) -> Any:
+    """LoRA r=8 on all linear layers; the same arguments in every way."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    from .training import MIPOTrainer
+
+    class TRL(DPOTrainer):
+        """TRL's trainer; only its tokenization is left out."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    on_gpu = torch.cuda.is_available()
+    empty = {"prompt_ids": [2], "chosen_ids": [2], "rejected_ids": [2]}
+    trainer = (MIPOTrainer if name == "ours" else TRL)(
+        base.model,
+        args=DPOConfig(
+            output_dir=str(output),
+            per_device_train_batch_size=settings.batch,
+            max_steps=1,
+            learning_rate=1e-4,
+            max_length=None,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            seed=0,
+        ),
+        train_dataset=Dataset.from_list([empty]),
+        processing_class=base.tokenizer,
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+    )
+    # Not through the arguments: that would look for a disk cache, keyed on a hash of the model.
+    trainer.precompute_ref_logps = name != "trl"
+    return trainer
+
+
+def _train_step(trainer: Any, pairs: list[dict]) -> Seconds:
+    """Time of one optimizer step, from its forward pass to the update."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        taken = Seconds()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begin = Seconds.now()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.taken = Seconds.now() - self.begin
+
+    clock = Clock()
+    trainer.train_dataset = Dataset.from_list(pairs)
+    trainer.add_callback(clock)
+    trainer.train()
+    trainer.remove_callback(clock)
+    return clock.taken
