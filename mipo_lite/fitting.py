@@ -253,13 +253,14 @@ class Case:
 
     def least(self) -> int:
         """Bytes of the largest stage with the thriftiest settings."""
-        stages = (
-            self.sampling(self.sampling_options()[-1]),
-            self.scoring(SCORING_TOKENS[-1]),
-            *map(self.training, self.training_options()),
+        options = list(self.training_options())
+        smallest = min(option.micro_batch for option in options)
+        options = [option for option in options if option.micro_batch == smallest]
+        return max(
+            self.sampling(self.sampling_options()[-1]).peak,
+            self.scoring(SCORING_TOKENS[-1]).peak,
+            min(self.training(option).peak for option in options),
         )
-        sampling, scoring, *training = (stage.peak for stage in stages)
-        return max(sampling, scoring, min(training))
 
     def largest_context(self) -> int:
         """Tokens of the longest user context with which every stage fits somehow; 0 for none."""
