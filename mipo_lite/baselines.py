@@ -3,9 +3,10 @@
     python -m mipo_lite.baselines --prompts examples/sums.jsonl
 
 trains one adapter per method and seed, asks all of them the same held-out questions, and prints a
-Markdown table: means over the seeds, with the standard deviation. `--table tried` compares what
-was tried to make answers better, not only more informative. Methods of one seed that use the same
-negatives share their pairs. What is there already in --out is not made again.
+Markdown table: means over the seeds, with the standard deviation; and where in a response the
+information about its question stands. `--table tried` compares what was tried to make answers
+better, not only more informative. Methods of one seed that use the same negatives share their
+pairs. What is there already in --out is not made again.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from typing import Annotated, Any
 
 import typer
 
+from .answers import find_answer, is_right
 from .base import Base, find_base, load_base
 from .console import console, progress, quiet_libraries
 from .filtering import score_pairs
 from .improving import evaluate
 from .infonce import train_infonce
+from .metrics import words
 from .negatives import Negatives, make_pairs
 from .problems import Problem, load_problems, split_problems
 from .recipe import Recipe, load_recipe
 from .run import read_json, read_jsonl, write_json
+from .scoring import response_logprobs
 from .training import train
 
 
@@ -81,7 +85,6 @@ def run_seed(
     problems: Sequence[Problem],
     methods: Sequence[Method],
     recipe: Recipe,
-    samples: int,
     out: Path,
 ) -> dict[str, Any]:
     """Make what is missing of one seed, and measure: what `improving.evaluate` returns."""
@@ -92,7 +95,9 @@ def run_seed(
         pairs_dir = out / method.negatives
         pairs_dir.mkdir(parents=True, exist_ok=True)
         if not (pairs_dir / "scores.jsonl").exists():
-            make_pairs(base, training, method.negatives, samples, recipe, pairs_dir)
+            make_pairs(
+                base, training, method.negatives, recipe.answers_per_question, recipe, pairs_dir
+            )
             pairs = read_jsonl(pairs_dir / "pairs.jsonl")
             with progress("Scoring pairs", len(pairs)) as advance:
                 score_pairs(base, pairs, recipe, pairs_dir / "scores.jsonl", advance)
@@ -107,7 +112,55 @@ def run_seed(
                 else:
                     train(base, pairs, scores, varied, adapter, out / "checkpoints", bar.set)
         adapters[method.name] = adapter
-    return evaluate(base, problems, recipe, adapters, out / "evaluation.jsonl")
+    metrics = evaluate(base, problems, recipe, adapters, out / "evaluation.jsonl")
+    pairs = read_jsonl(out / methods[0].negatives / "pairs.jsonl")
+    return metrics | {"why": where_information_lies(base, training, pairs)}
+
+
+def where_information_lies(
+    base: Base, problems: Sequence[Problem], pairs: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """Means over the chosen responses that give an answer, in nats: PMI with their question, and
+    how much of it stands in the words before the final answer and in the answer itself, given
+    those words; the same for right and wrong answers. Reads reference answers: it explains.
+    """
+    reference = {problem.id: problem for problem in problems}
+    parts: dict[str, list[float]] = {}
+    scored = response_logprobs(
+        base.model,
+        [
+            (pair[ids], pair["chosen_ids"])
+            for pair in pairs
+            for ids in ("prompt_ids", "without_ids")
+        ],
+    )
+    for number, pair in enumerate(pairs):
+        problem = reference[pair["prompt_id"]]
+        given = find_answer(pair["chosen"], problem.choices)
+        pmi = (scored[2 * number] - scored[2 * number + 1]).tolist()
+        start = answer_start(base, pair["chosen_ids"], given)
+        if start is None or problem.answer is None:
+            continue
+        which = "right" if is_right(given, problem.answer) else "wrong"
+        for name, values in (
+            ("PMI, all", pmi),
+            ("PMI, words before the answer", pmi[:start]),
+            (f"PMI, the answer itself, {which}", pmi[start:]),
+            (f"PMI, all, {which}", pmi),
+        ):
+            parts.setdefault(name, []).append(sum(values))
+        parts.setdefault("share right", []).append(float(which == "right"))
+    return {name: statistics.mean(values) for name, values in sorted(parts.items())}
+
+
+def answer_start(base: Base, token_ids: Sequence[int], answer: str | None) -> int | None:
+    """The token with which a response first writes its final answer; None if it never does."""
+    if answer is None:
+        return None
+    for end in range(1, len(token_ids) + 1):
+        if answer in words(base.decode(list(token_ids[:end]))):
+            return end - 1
+    return None
 
 
 def table(results: Sequence[dict[str, Any]], methods: Sequence[Method]) -> str:
@@ -139,7 +192,6 @@ def main(
     seeds: Annotated[int, typer.Option("--seeds", min=1)] = 3,
     recipe: Annotated[str, typer.Option("--recipe")] = "math-builtin",
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
-    samples: Annotated[int, typer.Option("--samples", help="Responses to choose from.")] = 8,
     out: Annotated[Path, typer.Option("--out")] = Path("runs/baselines"),
 ) -> None:
     """Compare methods on the same questions and print a table."""
@@ -153,7 +205,7 @@ def main(
             loaded = load_base(find_base(base))
             write_json(
                 directory / "metrics.json",
-                run_seed(loaded, problems, methods, chosen, samples, directory),
+                run_seed(loaded, problems, methods, chosen, directory),
             )
         results.append(read_json(directory / "metrics.json"))
     counts = results[0]
@@ -162,6 +214,10 @@ def main(
         f"\n{counts['questions']} held-out questions, {counts['samples_per_question']} samples "
         f"each, {counts['prompts_ranked']} prompts ranked, {seeds} seeds."
     )
+    print(f"\nChosen responses of the {methods[0].negatives} pairs, means over the seeds:\n")
+    for name in counts["why"]:
+        values = [result["why"][name] for result in results if name in result["why"]]
+        print(f"- {name}: {_cell(values, 2)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ only the evaluation reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from .pipeline import STAGES, Flow, Stage, execute, open_or_create, resolve
 from .problems import LEAST, Problem, load_problems, split_problems
 from .recipe import Recipe
 from .run import Run, append_jsonl, fingerprint, read_jsonl, write_json
-
-Tell = Callable[[str], None]
 
 
 def improve(
@@ -48,8 +46,8 @@ def improve(
         prompts: questions as JSONL, a JSON array, CSV, TSV, or text with one a line.
         eval_prompts: a file of questions to hold out; None holds out a third of `prompts`.
         question_column, answer_column: where the columns are not found by name.
-        base, recipe, settings, seed, run: as for `personalize`; without a recipe, math or
-            multiple-choice is taken, or their versions for the built-in base.
+        base, recipe, settings, seed, run: as for `personalize`; without a recipe, the
+            built-in base takes math-builtin, others math or multiple-choice.
         negatives: random, near, far or answers; None: as the recipe says.
         rounds: how many times the policy writes new pairs at most; None: as the recipe says.
 
@@ -87,7 +85,7 @@ def prepare(
     """Check every input and create the run directory, or open the one to go on with."""
     problems = _read(prompts, eval_prompts, columns)
     kind = "multiple-choice" if any(problem.choices for problem in problems) else "math"
-    chosen, source = resolve(recipe, settings, flags | {"base": base}, (f"{kind}-builtin", kind))
+    chosen, source = resolve(recipe, settings, flags | {"base": base}, ("math-builtin", kind))
     if chosen.negatives not in NEGATIVES:
         raise UsageError(
             f"negatives={chosen.negatives} is for personalize: a question has no context.",
@@ -223,15 +221,15 @@ def _evaluate(flow: Flow, entry: dict[str, Any]) -> None:
     run = flow.run
     problems = read_problems(run, with_answers=True)
     adapters = {"after": run / "adapter"}
+    if flow.recipe.sft_baseline:
+        adapters["SFT on chosen"] = run / "sft"
     metrics = evaluate(flow.base, problems, flow.recipe, adapters, run / "evaluation.jsonl")
     write_json(run / "metrics.json", metrics)
     entry["verdict"] = metrics["verdict"]["word"]
 
 
-_SHARED = {stage.name: stage for stage in STAGES}
-
-IMPROVE_STAGES = (
-    Stage(
+_OWN = {
+    "pairs": Stage(
         "pairs",
         _make_pairs,
         (
@@ -249,14 +247,21 @@ IMPROVE_STAGES = (
         ),
         ("pairs.jsonl", "samples.jsonl"),
     ),
-    _SHARED["scores"],
-    _SHARED["train"],
-    Stage("rounds", _more_rounds, ("rounds", "reference"), ("rounds",)),
-    Stage(
+    "evaluate": Stage(
         "evaluate",
         _evaluate,
         ("eval_prompts", "eval_samples", "eval_contexts"),
         ("evaluation.jsonl", "metrics.json"),
     ),
-    _SHARED["export"],
-)
+}
+_ROUNDS = Stage("rounds", _more_rounds, ("rounds", "reference"), ("rounds",))
+
+
+def _stages() -> Iterator[Stage]:
+    for stage in STAGES:
+        yield _OWN.get(stage.name, stage)
+        if stage.name == "train":
+            yield _ROUNDS
+
+
+IMPROVE_STAGES = tuple(_stages())
