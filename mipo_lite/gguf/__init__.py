@@ -6,8 +6,19 @@ it, `imatrix` measures what matters, `verify` compares with torch. Every file is
 llama.cpp before it gets its name.
 """
 
-from .deliver import export_model
+from .deliver import export_model, imatrix_effect
+from .imatrix import importance_matrix
 from .lora import export_lora
 from .modelfile import start_lines
+from .verify import check_exports, load_model, merge_fidelity
 
-__all__ = ["export_lora", "export_model", "start_lines"]
+__all__ = [
+    "check_exports",
+    "export_lora",
+    "export_model",
+    "imatrix_effect",
+    "importance_matrix",
+    "load_model",
+    "merge_fidelity",
+    "start_lines",
+]

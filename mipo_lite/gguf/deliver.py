@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..checkpoint import Checkpoint
 from ..disk import require_disk
@@ -14,6 +15,7 @@ from .architectures import architecture, context_length
 from .export import OUTTYPES, export, load_config
 from .modelfile import write_modelfile
 from .quantize import KINDS, Imatrix, estimate, find_kind, quantize
+from .verify import Row, agreement, cap_rows, gguf_distributions
 from .vocabulary import load_tokenizer, read_vocabulary
 
 WINDOW = 4096  # num_ctx of the Modelfile, tokens
@@ -91,6 +93,40 @@ def export_model(
     if modelfile:
         _modelfile(model_dir, files[kinds[0]], context)
     return list(files.values())
+
+
+def imatrix_effect(
+    model_dir: Path | str,
+    kind: str,
+    imatrix: Imatrix,
+    rows: Sequence[Row],
+    *,
+    adapter_dir: Path | str | None = None,
+    work_dir: Path | str | None = None,
+) -> dict[str, float | None]:
+    """Mean KL in nats to the F16 file of a quantization without and with an importance matrix.
+
+    Args:
+        kind: a key of `quantize.KINDS`.
+        rows: (prompt ids, response ids) to measure on.
+        work_dir: where three temporary files are written.
+
+    Returns:
+        {"without": ..., "with": ...}; without is None for types that need the matrix.
+    """
+    rows = cap_rows(rows, load_config(Path(model_dir)).vocab_size)
+    with TemporaryDirectory(dir=work_dir) as work:
+        source = Path(work) / "f16.gguf"
+        export(model_dir, source, adapter_dir=adapter_dir)
+        reference = list(gguf_distributions(source, rows))
+
+        def mean_kl(matrix: Imatrix | None) -> float:
+            quantize(source, Path(work) / "quantized.gguf", kind, imatrix=matrix)
+            found = gguf_distributions(Path(work) / "quantized.gguf", rows)
+            return float(agreement(reference, found)["mean_kl"])
+
+        without = None if find_kind(kind).needs_imatrix else mean_kl(None)
+        return {"without": without, "with": mean_kl(imatrix)}
 
 
 def _modelfile(model_dir: Path, file: Path, context: str | None) -> None:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
+from ..checkpoint import DTYPES, Checkpoint
 from ..contexts import Messages, encode_prompt
 from .llama import Reader, encode, is_end, open_gguf
 from .template import ChatTemplate
+from .vocabulary import load_tokenizer
 
 Row: TypeAlias = tuple[list[int], list[int]]  # prompt ids, response ids
 Distributions: TypeAlias = list[NDArray[np.float32]]  # a row: [response, vocabulary], log-probs
@@ -100,11 +103,49 @@ def agreement(reference: Distributions, other: Iterator[NDArray[np.float32]]) ->
     }
 
 
+def load_model(
+    model_dir: Path | str, adapter_dir: Path | str | None = None, *, device: str = "cpu"
+) -> Any:
+    """The model in torch, merged with the adapter: in float32 where half of the memory holds it."""
+    from transformers import AutoModelForCausalLM
+
+    stored = Checkpoint(model_dir)
+    numbers = sum(entry.nbytes // DTYPES[entry.dtype].itemsize for entry in stored.entries.values())
+    roomy = device == "cpu" and numbers * 4 < psutil.virtual_memory().available / 2
+    dtype = torch.float32 if roomy else "auto"
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, use_safetensors=True)
+    if adapter_dir is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter_dir)).merge_and_unload()
+    return model.to(device).eval()
+
+
+def check_exports(
+    files: Sequence[Path],
+    model_dir: Path | str,
+    chats: Sequence[Messages],
+    responses: Sequence[list[int]],
+    *,
+    adapter_dir: Path | str | None = None,
+) -> list[dict[str, Any]]:
+    """`self_check` of every file against `model_dir` (with `adapter_dir`), loaded once and freed.
+
+    Args:
+        chats: held-out prompts with the user's context, as messages.
+        responses: token ids of an answer of the model to each.
+    """
+    tokenizer = load_tokenizer(model_dir)
+    rows = check_rows(tokenizer, chats, responses)
+    reference = torch_distributions(load_model(model_dir, adapter_dir), rows)
+    return [self_check(file, tokenizer, chats, rows, reference) for file in files]
+
+
 def self_check(
     path: Path | str,
     tokenizer: Any,
     chats: Sequence[Messages],
-    responses: Sequence[list[int]],
+    rows: Sequence[Row],
     reference: Distributions,
     *,
     max_new_tokens: int = 256,
@@ -113,9 +154,9 @@ def self_check(
 
     Args:
         tokenizer: of the merged model.
-        chats: the user's held-out prompts with the context, as messages.
-        responses: token ids of an answer to each.
-        reference: `torch_distributions` of the merged model on `check_rows` of the same.
+        chats: held-out prompts with the user's context, as messages.
+        rows: `check_rows` of them.
+        reference: `torch_distributions` of the merged model on the rows.
         max_new_tokens: of the greedy answers that have to end by themselves.
 
     Returns:
@@ -124,7 +165,6 @@ def self_check(
         answers were asked for and how many of them stopped at an end token.
     """
     path = Path(path)
-    rows = check_rows(tokenizer, chats, responses)
     result: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
     result |= agreement(reference, gguf_distributions(path, rows))
     prompts = [encode_prompt(tokenizer, chat) for chat in chats]
@@ -149,17 +189,6 @@ def check_rows(
     return cap_rows(list(zip(prompts, responses, strict=True)), len(tokenizer))
 
 
-def imatrix_gain(
-    f16: Path | str, without: Path | str, with_imatrix: Path | str, rows: Sequence[Row]
-) -> dict[str, float]:
-    """Mean KL to the F16 file of the same quantization without and with an importance matrix."""
-    reference = list(gguf_distributions(f16, rows))
-    return {
-        name: agreement(reference, gguf_distributions(path, rows))["mean_kl"]
-        for name, path in (("without", without), ("with", with_imatrix))
-    }
-
-
 def merge_fidelity(
     policy: Any, merged: Mapping[str, Path], rows: Sequence[Row]
 ) -> dict[str, dict[str, Any]]:
@@ -169,11 +198,10 @@ def merge_fidelity(
         policy: 4-bit base with the adapter, as trained.
         merged: "full" and "dequantized" -> merged directory.
     """
-    from transformers import AutoModelForCausalLM
-
+    rows = cap_rows(rows, policy.config.vocab_size)
     reference = torch_distributions(policy, rows)
-    result = {}
-    for name, path in merged.items():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=policy.dtype).to(policy.device)
-        result[name] = agreement(reference, iter(torch_distributions(model.eval(), rows)))
-    return result
+    device = str(policy.device)
+    return {
+        name: agreement(reference, iter(torch_distributions(load_model(path, device=device), rows)))
+        for name, path in merged.items()
+    }
