@@ -69,6 +69,7 @@ def find_base(
         return BaseSource("builtin", BUILTIN)
     if Path(name).is_dir():
         return BaseSource(name, check_weights(Path(name)))
+    _check_name(name)
     path = cached(name, revision) or download(name, revision)
     return BaseSource(name, path, revision=path.name)
 
@@ -88,6 +89,7 @@ def config_of(name: str) -> dict[str, Any]:
             return known.config
     from huggingface_hub import hf_hub_download
 
+    _check_name(name)
     with _hub_errors(name):
         return _read_config(Path(hf_hub_download(name, "config.json")))
 
@@ -95,7 +97,6 @@ def config_of(name: str) -> dict[str, Any]:
 def cached(name: str, revision: str | None = None) -> Path | None:
     """The complete snapshot of a Hugging Face id in the local cache; None when there is none."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         # Asked for the config only, since it is no matter if pictures or other weights are missing.
@@ -103,7 +104,7 @@ def cached(name: str, revision: str | None = None) -> Path | None:
             name, revision=revision, local_files_only=True, allow_patterns=["config.json"]
         )
         return check_weights(Path(path))
-    except (FileNotFoundError, HFValidationError, UserError):
+    except (FileNotFoundError, UserError):
         return None
 
 
@@ -252,6 +253,14 @@ def _choose(recipe: Recipe | None, context_tokens: int | None) -> BaseSource:
             failed[choice.name] = error.what
             continue
         return BaseSource(choice.name, path, path.name, choice.reason)
+
+
+def _check_name(name: str) -> None:
+    """Raises UserError for what can not be a Hugging Face id, before anybody is asked."""
+    from huggingface_hub.utils import validate_repo_id
+
+    with _hub_errors(name):
+        validate_repo_id(name)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
