@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,12 +17,14 @@ import psutil
 import pytest
 import torch
 from gguf_tiny import CHATML, SHAPE, adapter, byte_level_tokenizer, qwen2, random_model, save
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
 )
 
@@ -146,14 +149,19 @@ def test_importance_matrix_helps_where_some_columns_matter(tmp_path: Path) -> No
     assert imatrix_effect(tmp_path / "model", "IQ2_XS", matrix, ROWS)["without"] is None
 
 
-def test_fallbacks_are_named(tmp_path: Path) -> None:
+def test_fallbacks_are_named(tmp_path: Path, capsys: Any) -> None:
     path = qwen2(tmp_path / "model", hidden_size=320, head_dim=80)
-    export(path, tmp_path / "f16.gguf")
-    lines = quantize(tmp_path / "f16.gguf", tmp_path / "q.gguf", "Q4_K_M")
-    assert any(
-        line.startswith("blk.0.attn_q.weight: q5_0 instead of q4_K, since 320 columns")
-        for line in lines
-    )
+    export_model(path, tmp_path, "me")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 attn_k" in said
+    assert "q5_0 instead of q4_K, since 320 columns are no multiple of 256." in said
+
+
+def test_window_that_llama_cpp_ignores_is_said(tmp_path: Path, capsys: Any) -> None:
+    path = save(tmp_path / "model", MistralConfig(**SHAPE, sliding_window=64))
+    export_model(path, tmp_path, "me", quants=["f16"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no sliding window for mistral: the file claims 64 positions, the model 512." in said
 
 
 def test_unknown_kind() -> None:
@@ -238,16 +246,22 @@ def test_unknown_kind_before_any_work(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "gguf").exists()
 
 
-@pytest.mark.parametrize("step", ["writing", "quantizing"])
-def test_interrupted_export_leaves_no_file(model: Path, tmp_path: Path, step: str) -> None:
-    class Interrupted(Bars):
-        def __call__(self, title: str, total: int) -> Any:
-            if title.startswith(step):
-                raise KeyboardInterrupt
-            return super().__call__(title, total)
+def test_interrupted_writing_leaves_no_file(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        export_model(model, tmp_path, "me", progress=Bars(limit=5))
+    assert list(tmp_path.iterdir()) == []
 
-    with pytest.raises((KeyboardInterrupt, UserError)):
-        export_model(model, tmp_path, "me", progress=Interrupted())
+
+def test_interrupted_quantization_leaves_no_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(source: bytes, target: bytes, params: Any) -> int:
+        Path(target.decode()).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantizing, "_in_thread", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(model, tmp_path, "me")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -480,6 +494,54 @@ def peak_above_start() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MIPO_LITE_SLOW" not in os.environ, reason="set MIPO_LITE_SLOW=1: 4 GB of disk")
+def test_memory_of_half_a_billion_parameters(tmp_path: Path) -> None:
+    """Qwen2.5-0.5B's shape, 1 GB: export, quantization and merging stay under 1.5 GB."""
+    shape = SHAPE | {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+    }
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(Qwen2Config(**shape), dtype=torch.bfloat16)
+    drawn = {
+        name: (0.02 * torch.randn(p.shape, dtype=torch.bfloat16))
+        for name, p in meta.named_parameters()
+    }
+    path = tmp_path / "model"
+    path.mkdir()
+    save_file(drawn, path / "model.safetensors", metadata={"format": "pt"})
+    Qwen2Config(**shape).save_pretrained(path)
+    byte_level_tokenizer().save_pretrained(path)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    pairs = {
+        f"base_model.model.{name.removesuffix('.weight')}.lora_{half}.weight": torch.full(
+            (8, p.shape[1]) if half == "A" else (p.shape[0], 8), 0.01
+        )
+        for name, p in drawn.items()
+        if "proj.weight" in name
+        for half in "AB"
+    }
+    save_file(pairs, lora / "adapter_model.safetensors")
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings.save_pretrained(lora)
+    size = sum(p.nbytes for p in drawn.values())
+    del drawn, pairs
+    bars = Bars()
+    with peak_above_start() as merging:
+        merge(path, lora, tmp_path / "merged", progress=bars)
+    with peak_above_start() as exporting:
+        export_model(tmp_path / "merged", tmp_path / "gguf", "half", progress=bars)
+    print(f"\n{size:,} bytes; peak: merging {merging[0]:,}, exporting {exporting[0]:,}")
+    assert merging[0] < 1.5e9
+    assert exporting[0] < 1.5e9
+    assert bars.titles == ["merging", "writing f16", "quantizing Q4_K_M"]
 
 
 def test_memory_is_a_tensor_not_the_model(tmp_path: Path) -> None:

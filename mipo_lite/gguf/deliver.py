@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..checkpoint import Checkpoint
+from ..console import console
 from ..disk import require_disk
 from ..errors import UsageError
 from ..merging import Onto, Progress
@@ -86,10 +87,13 @@ def export_model(
             if "F16" not in files:
                 write(source)
             for kind in coarse:
-                quantize(source, files[kind], kind, imatrix=imatrix, progress=progress)
+                lines = quantize(source, files[kind], kind, imatrix=imatrix, progress=progress)
+                for line in lines:
+                    console.print(f"  {kind}: {line}.")
         finally:
             if "F16" not in files:
                 source.unlink(missing_ok=True)
+    _tell_limits(model_dir)
     if modelfile:
         _modelfile(model_dir, files[kinds[0]], context)
     return list(files.values())
@@ -127,6 +131,17 @@ def imatrix_effect(
 
         without = None if find_kind(kind).needs_imatrix else mean_kl(None)
         return {"without": without, "with": mean_kl(imatrix)}
+
+
+def _tell_limits(model_dir: Path) -> None:
+    """Say where the file is less than the model."""
+    config = load_config(model_dir)
+    positions = context_length(architecture(config), config)
+    if positions < config.max_position_embeddings:
+        console.print(
+            f"  llama.cpp has no sliding window for {config.model_type}: the file claims "
+            f"{positions:,} positions, the model {config.max_position_embeddings:,}."
+        )
 
 
 def _modelfile(model_dir: Path, file: Path, context: str | None) -> None:

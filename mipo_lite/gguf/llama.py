@@ -85,8 +85,6 @@ def open_gguf(path: Path | str, **options: Any) -> Iterator[llama_cpp.Llama]:
         raise UserError(
             f"llama.cpp can not load {path}: {last_words()}", "Export the file again."
         ) from error
-    finally:
-        llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))  # verbose=False took it away
     try:
         yield llama
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -100,8 +101,8 @@ def quantize(
         progress: e.g. `console.progress`; counts tensors.
 
     Returns:
-        One line for each tensor that got another type than asked for, because its rows are no
-        multiple of the block length.
+        What got another type than llama.cpp's plan for `name`, because its rows are no multiple of
+        the block length: a line for each such type, with the tensors.
 
     Raises:
         UserError: the type needs an importance matrix, too little disk, or llama.cpp failed.
@@ -128,7 +129,7 @@ def quantize(
                 "Choose another type.",
             )
     del keep  # llama.cpp reads it until here
-    return log.fallbacks
+    return log.fallbacks()
 
 
 def estimate(source_bytes: int, name: str) -> int:
@@ -141,15 +142,15 @@ class _Log:
 
     _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
     _FALLBACK = re.compile(
-        r"(\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\)"
-        r".*-> falling back to\s+(\w+)"
+        r"(?:blk\.\d+\.)?(\S+?)(?:\.weight)?\s+- ncols\s+(\d+) not divisible by\s+(\d+) "
+        r"\(required for type\s+(\w+)\).*-> falling back to\s+(\w+)"
     )
 
     def __init__(self, stack: ExitStack, progress: Progress | None, title: str) -> None:
         self._stack, self._progress, self._title = stack, progress, title
         self._advance: Any = None
         self._line = ""
-        self.fallbacks: list[str] = []
+        self._fallbacks: dict[str, Counter[str]] = {}
         self.error = ""
 
     def __call__(self, level: int, text: str) -> None:
@@ -163,14 +164,20 @@ class _Log:
         if self._line.endswith("\n"):
             fallback = self._FALLBACK.search(self._line)
             if fallback:
-                tensor_name, columns, block, wanted, got = fallback.groups()
-                self.fallbacks.append(
-                    f"{tensor_name}: {got} instead of {wanted}, since {columns} columns are no "
-                    f"multiple of {block}"
+                name, columns, block, wanted, got = fallback.groups()
+                reason = (
+                    f"{got} instead of {wanted}, since {columns} columns are no multiple of {block}"
                 )
+                self._fallbacks.setdefault(reason, Counter())[name] += 1
             if "failed to quantize" in self._line:
                 self.error = self._line.strip()
             self._line = ""
+
+    def fallbacks(self) -> list[str]:
+        return [
+            ", ".join(f"{count} {name}" for name, count in names.items()) + f": {reason}"
+            for reason, names in self._fallbacks.items()
+        ]
 
 
 def _in_thread(source: bytes, target: bytes, params: Any) -> int:
