@@ -157,6 +157,9 @@ class Case:
 
     # Scoring
 
+    def scoring_options(self) -> tuple[int, ...]:
+        return SCORING_TOKENS if "scoring_tokens" in Recipe.model_fields else SCORING_TOKENS[:1]
+
     def scoring(self, tokens: int) -> Stage:
         # A row that is longer than a batch is scored alone.
         tokens = max(tokens, self.length)
@@ -169,7 +172,7 @@ class Case:
         return self.stage("scores", parts)
 
     def best_scoring(self) -> int:
-        return self.first_that_fits(SCORING_TOKENS, self.scoring)
+        return self.first_that_fits(self.scoring_options(), self.scoring)
 
     def first_that_fits(self, options: tuple[int, ...], stage: Callable[[int], Stage]) -> int:
         """The first, or the last (smallest) one where none fits."""
@@ -187,8 +190,11 @@ class Case:
             "activation_offload": [False, True] if gpu else [False],
             "optimizer": list(OPTIMIZER_BYTES) if gpu else ["adamw_torch"],
         }
-        for name in self.fixed & options.keys():
-            options[name] = [getattr(recipe, name)]
+        for name in options:
+            if name in self.fixed:
+                options[name] = [getattr(recipe, name)]
+            elif name not in Recipe.model_fields:  # the stages do the first and nothing else
+                options[name] = options[name][:1]
         for values in itertools.product(*options.values()):
             option = Training(*values)
             # Offloading whole activations would move all of them over the bus: only inputs.
@@ -258,7 +264,7 @@ class Case:
         options = [option for option in options if option.micro_batch == smallest]
         return max(
             self.sampling(self.sampling_options()[-1]).peak,
-            self.scoring(SCORING_TOKENS[-1]).peak,
+            self.scoring(self.scoring_options()[-1]).peak,
             min(self.training(option).peak for option in options),
         )
 

@@ -34,8 +34,6 @@ HEAD_POSITIONS, HEAD_VOCAB = 4096, 32768
 SCORING_TILE = 16 * MIB
 # `trie_attention.BLOCK` and `.FLEX_FROM`, which live beside torch.
 QUERY_BLOCK, FLEX_FROM = 256, 1024
-# Rows of the batch on which training compares the shared path with the plain one at its start.
-CHECK_ROWS = 4
 # With activation offloading TRL keeps up to this many saved tensors on the GPU.
 OFFLOAD_STASH = 5
 
@@ -230,13 +228,12 @@ def working_bytes(shape: Shape, tokens: int, attention: Attention, c: int) -> in
 
 
 def check_bytes(shape: Shape, batch: Batch, c: int) -> int:
-    """Comparing both paths on a few rows at the start, without gradients.
+    """Comparing both paths on a batch at the start of training, without gradients.
 
-    The plain path computes all their tokens; both results are held in float32.
+    The plain path computes all tokens of the rows; both results are held in float32.
     """
-    rows = min(batch.rows, CHECK_ROWS)
-    tokens = rows * batch.length
-    plain = Attention(rows * batch.length**2)
+    tokens = batch.rows * batch.length
+    plain = Attention(batch.rows * batch.length**2)
     return working_bytes(shape, tokens, plain, c) + 2 * 4 * tokens * shape.hidden
 
 

@@ -151,8 +151,9 @@ def recipe_table() -> str:
     The base is the one auto would take if everything that needs no agreement could be had.
     """
     lines = [
-        "| recipe | on | base | sampling | scoring | training | largest context | measured |",
-        "|---|---|---|---|---|---|---|---|",
+        "| recipe | on | base | at once | a pass | sampling | scoring | training "
+        "| largest context | measured |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, card in RECIPE_CARDS.items():
         recipe = load_recipe(name)
@@ -162,7 +163,8 @@ def recipe_table() -> str:
             fixed=recipe.model_fields_set,
             why_not=lambda known: "licence" if known.gated or known.restricted else "",
         )
-        assert choice.plan is not None
+        if choice.plan is None:
+            raise ValueError(f"nothing fits {card} GiB with the recipe {name}")
         lines.append(_row(name, f"{card} GiB", choice.plan))
     for name in ("cpu", "quick", "builtin"):
         recipe = load_recipe(name)
@@ -173,9 +175,18 @@ def recipe_table() -> str:
 
 
 def _row(name: str, card: str, planned: Plan) -> str:
-    peaks = " | ".join(gib(stage.peak) for stage in planned.stages)
-    base = planned.base.rpartition("/")[2]
-    return f"| {name} | {card} | {base} | {peaks} | {planned.max_context:,} tokens | not measured |"
+    settings = planned.settings
+    cells = [
+        f"`{name}`",
+        card,
+        planned.base.rpartition("/")[2],
+        f"{settings['sampling_batch']} responses",
+        f"{settings['micro_batch']} pairs",
+        *(gib(stage.peak) for stage in planned.stages),
+        f"{planned.max_context:,} tokens",
+        "not measured",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
