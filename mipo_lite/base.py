@@ -1,48 +1,19 @@
-"""The base: find a causal LM, and load it in 4-bit NF4 with its tokenizer and chat template.
+"""The base: load a causal LM in 4-bit NF4, with its tokenizer and chat template.
 
 Weights are safetensors only, code from a model repository runs only when the user says so, and
-everything downstream gets a `Base` and never asks where it came from.
+everything downstream gets a `Base` and never asks where it came from. `bases` finds it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from .bases import BUILTIN, BaseSource, find_base
 from .contexts import Messages, build_messages, encode_prompt, has_system_role
 from .errors import UserError
 
-BUILTIN = Path(__file__).parent / "builtin" / "model"
-
-# What `--base auto` chooses from, largest first: id, and GiB of GPU memory it wants for QLoRA-DPO
-# with a page of context. The figures are rules of thumb (parameters x 0.6 + 3), not measured.
-AUTO_BASES = (
-    ("Qwen/Qwen2.5-7B-Instruct", 8.0),
-    ("Qwen/Qwen2.5-3B-Instruct", 5.0),
-    ("Qwen/Qwen2.5-1.5B-Instruct", 4.0),
-    ("Qwen/Qwen2.5-0.5B-Instruct", 3.5),
-)
-
-# Nothing else is ever downloaded: in particular no pickled weights and no code.
-_DOWNLOADS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
-
-
-@dataclass(frozen=True)
-class BaseSource:
-    """Where a base lies.
-
-    Attributes:
-        name: what the user calls it: builtin, a Hugging Face id, or a directory.
-        path: a directory with config.json, *.safetensors and the tokenizer.
-        revision: the commit on the hub; None for local directories.
-        reason: why `auto` took this one; "" when the user named it.
-    """
-
-    name: str
-    path: Path
-    revision: str | None = None
-    reason: str = ""
+__all__ = ["BUILTIN", "Base", "BaseSource", "find_base", "load_base"]
 
 
 @dataclass
@@ -75,20 +46,6 @@ class Base:
     def decode(self, token_ids: list[int]) -> str:
         """The text of a response, without its end token."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
-
-
-def find_base(name: str) -> BaseSource:
-    """Where the base `name` lies, downloading it when it is a Hugging Face id.
-
-    Raises UserError when there is no such base or it can not be had.
-    """
-    if name == "auto":
-        return _choose()
-    if name == "builtin":
-        return BaseSource("builtin", BUILTIN)
-    if Path(name).is_dir():
-        return BaseSource(name, _checked(Path(name)))
-    return _from_hub(name)
 
 
 def load_base(
@@ -198,66 +155,3 @@ def keep_backward_on_cpu(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _checked(path: Path) -> Path:
-    """Raises UserError for a directory that holds no model this program can load."""
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is not a model directory: it has no config.json.",
-            "Name a directory with config.json, *.safetensors and a tokenizer.",
-        )
-    if not any(path.glob("*.safetensors")):
-        raise UserError(
-            f"{path} holds no weights: there is no *.safetensors file.",
-            "Download the model completely; pickled weights (*.bin) are not loaded.",
-        )
-    return path
-
-
-def _from_hub(name: str) -> BaseSource:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    fix = "Give builtin, a Hugging Face id such as Qwen/Qwen2.5-1.5B-Instruct, or a directory."
-    try:
-        try:
-            path = snapshot_download(name, allow_patterns=list(_DOWNLOADS), local_files_only=True)
-        except FileNotFoundError:
-            path = snapshot_download(name, allow_patterns=list(_DOWNLOADS))
-    except HFValidationError as error:
-        raise UserError(f"There is no base {name!r}.", fix) from error
-    except GatedRepoError as error:
-        raise UserError(
-            f"{name} asks for a licence agreement first.",
-            "Agree on its page on Hugging Face, run `hf auth login`, and start again.",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"Hugging Face knows no model {name!r}.", fix) from error
-    except OSError as error:  # no network, no such revision, a full disk
-        raise UserError(
-            f"{name} is not on this machine and can not be downloaded ({type(error).__name__}).",
-            "Check the network and the name, or use --base builtin.",
-        ) from error
-    return BaseSource(name, _checked(Path(path)), revision=Path(path).name)
-
-
-def _choose() -> BaseSource:
-    """The largest base of the table that fits the GPU and can be had, else the built-in one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return BaseSource("builtin", BUILTIN, reason="no CUDA GPU found, so the built-in base")
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    for name, needed in AUTO_BASES:
-        if needed <= memory:
-            try:
-                source = _from_hub(name)
-            except UserError:
-                continue
-            return BaseSource(
-                name, source.path, source.revision, f"the largest that fits {memory:.0f} GiB"
-            )
-    return BaseSource(
-        "builtin", BUILTIN, reason="no instruct model can be downloaded, so the built-in base"
-    )

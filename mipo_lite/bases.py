@@ -74,6 +74,16 @@ def find_base(
     return BaseSource(name, path, revision=path.name)
 
 
+def recorded_source(record: dict[str, Any]) -> BaseSource:
+    """The base of an existing run, from the "base" entry of its run.json, at the same revision."""
+    if record["name"] == "builtin":
+        return BaseSource("builtin", BUILTIN)
+    path = Path(record["path"])
+    if path.is_dir():
+        return BaseSource(record["name"], check_weights(path), record["revision"])
+    return find_base(record["name"], revision=record["revision"])
+
+
 def config_of(name: str) -> dict[str, Any]:
     """The config.json of a base, without its weights: from a directory, the cache, the table of
     known bases, or, as the only thing that is downloaded, from the hub.

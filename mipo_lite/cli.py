@@ -34,6 +34,9 @@ RecipeOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting.")
 ]
+OntoOption = Annotated[
+    str, typer.Option("--onto", help="full: the 16-bit weights; dequantized: the 4-bit ones.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seeds everything random.")]
 TrustOption = Annotated[
     bool,
@@ -99,7 +102,9 @@ def improve(
     ],
     eval_prompts: Annotated[
         Path | None,
-        typer.Option("--eval-prompts", metavar="FILE", help="Questions to hold out; default: a third of them."),
+        typer.Option(
+            "--eval-prompts", metavar="FILE", help="Questions to hold out; default: a third."
+        ),
     ] = None,
     question_column: Annotated[
         str | None, typer.Option("--question-column", help="Where it is not found by name.")
@@ -191,9 +196,138 @@ def chat(
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same answers.")] = 0,
 ) -> None:
     """Talk to the result through llama.cpp, with your page as its system message."""
-    from .pipeline import chat_model
+    from .delivery import chat_model
 
     chat_model(model, message=message, plain=plain, temperature=temperature, seed=seed)
+
+
+@app.command()
+def compare(
+    run: RunArgument,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Your own requests, a line each."),
+    ] = None,
+    web: Annotated[bool, typer.Option("--web", help="On a local page.")] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="URL", help="Let a model on a local server choose."),
+    ] = None,
+) -> None:
+    """Blind test: before or after, which answer is better? You choose; go on any time."""
+    from .delivery import compare_run
+
+    compare_run(run, prompts=prompts, web=web, judge=judge)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN|MODEL_DIR", help="A run, or a Hugging Face directory.")
+    ],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="A LoRA adapter to merge.")
+    ] = None,
+    quants: Annotated[
+        list[str] | None,
+        typer.Option("--quant", metavar="TYPE", help="Repeatable; default q4_k_m."),
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="The adapter alone, as GGUF.")] = False,
+    onto: OntoOption = "full",
+    imatrix: Annotated[
+        bool, typer.Option("--imatrix", help="Weigh quantization by your own held-out prompts.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to.")] = None,
+) -> None:
+    """Write GGUF files, checked in llama.cpp before you get them."""
+    from .delivery import export_files
+
+    export_files(
+        model, adapter=adapter, quants=quants, lora=lora, onto=onto, imatrix=imatrix, out=out
+    )
+
+
+@app.command()
+def merge(
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN|MODEL_DIR", help="A run, or a Hugging Face directory.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The merged model.")],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="A LoRA adapter to merge.")
+    ] = None,
+    onto: OntoOption = "full",
+) -> None:
+    """Merge an adapter into a Hugging Face directory, shard by shard."""
+    from .delivery import merge_adapter
+
+    merge_adapter(model, adapter=adapter, out=out, onto=onto)
+
+
+@app.command()
+def plan(
+    base: BaseOption = None,
+    vram: Annotated[
+        float | None, typer.Option("--vram", metavar="GB", min=0.5, help="Plan for such a GPU.")
+    ] = None,
+    user_context: Annotated[
+        Path | None, typer.Option("--user-context", metavar="FILE", help="Your page.")
+    ] = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What fits: base, batch, length, memory by part. Starts nothing."""
+    from .plan_report import report
+    from .recipe import given_settings, load_recipe
+
+    report(
+        base,
+        vram_gib=vram,
+        user_context=user_context,
+        recipe=load_recipe(recipe, settings or []),
+        fixed=given_settings(settings or []),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What of this machine and installation works, and how to mend what does not."""
+    from .doctor import diagnose, print_checks
+
+    if not print_checks(diagnose(), as_json):
+        raise SystemExit(1)
+
+
+@app.command()
+def bench(
+    context_tokens: Annotated[int, typer.Option(min=0, help="Tokens of the user context.")] = 1200,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs a batch.")] = 4,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response.")] = 96,
+    base: BaseOption = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights of a shape, such as qwen2.5-1.5b.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 5,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything measured.")
+    ] = None,
+) -> None:
+    """Training and sampling speed here, against plain TRL."""
+    from .bench import run_bench
+
+    run_bench(
+        context_tokens=context_tokens,
+        batch=batch,
+        response_tokens=response_tokens,
+        base=base,
+        shape=shape,
+        repeats=repeats,
+        json_path=json_path,
+    )
 
 
 @app.command()

@@ -17,7 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .base import Base, BaseSource, check_context_fits, find_base, load_base
+from .base import Base, check_context_fits, load_base
+from .bases import BaseSource, find_base, recorded_source
 from .console import console, progress
 from .contexts import Persona, load_facts, load_user_context, persona_pool
 from .errors import UsageError, UserError
@@ -183,7 +184,7 @@ def open_or_create(
     if (path / "run.json").is_file():
         opened = Run(path)
         _check_same(opened, inputs)
-        return Flow(opened, chosen, _recorded_source(opened), trust_remote_code)
+        return Flow(opened, chosen, recorded_source(opened.meta["base"]), trust_remote_code)
     meta = {
         **inputs,
         "base": {
@@ -209,7 +210,7 @@ def resolve(
     """The recipe and the base. Without a recipe, the base decides: `defaults` (built-in, other)."""
     settings = list(settings)
     wanted = load_recipe(recipe, settings, flags)
-    source = find_base(wanted.base)
+    source = find_base(wanted.base, recipe=wanted)
     if source.reason:
         console.print(f"Base: {source.name} ({source.reason})")
     if recipe is None:
@@ -223,7 +224,7 @@ def open_flow(path: Path, settings: Iterable[str] = (), trust_remote_code: bool 
     run = Run(path)
     recipe = load_recipe(None, settings, None)
     recipe = Recipe(**{**run.meta["recipe"], **recipe.model_dump(exclude_unset=True)})
-    return Flow(run, recipe, _recorded_source(run), trust_remote_code)
+    return Flow(run, recipe, recorded_source(run.meta["base"]), trust_remote_code)
 
 
 def execute(flow: Flow, only: str | None = None) -> None:
@@ -337,20 +338,15 @@ def _evaluate(flow: Flow, entry: dict[str, Any]) -> None:
 
 
 def _export(flow: Flow, entry: dict[str, Any]) -> None:
-    from .gguf import export_model
+    from .delivery import compare_merges, export_run
     from .merging import merge
 
     run = flow.run
     merge(flow.source.path, run / "adapter", run / "merged", progress=progress)
+    if flow.recipe.compare_merges:
+        compare_merges(run, flow.base)
     (run / "gguf").mkdir(mode=0o700, exist_ok=True)
-    files = export_model(
-        run / "merged",
-        run / "gguf",
-        run.name,
-        quants=flow.recipe.quants,
-        context=flow.user.text if (run / "context.json").is_file() else None,
-        progress=progress,
-    )
+    files = export_run(run, flow.source.path, run / "gguf", flow.recipe.quants)
     entry["files"] = [str(file.relative_to(run.path)) for file in files]
 
 
@@ -358,48 +354,6 @@ def _report(flow: Flow, entry: dict[str, Any]) -> None:
     from .report.page import write_page
 
     write_page(flow.run)
-
-
-def chat_model(
-    model: Path,
-    *,
-    message: str | None,
-    plain: bool,
-    temperature: float,
-    seed: int,
-) -> None:
-    """Talk to a run's GGUF (with the user's page as system message) or to any GGUF file.
-
-    Raises UserError when there is no GGUF to talk to.
-    """
-    from .chat import chat
-
-    context = None
-    file = model
-    if model.is_dir():
-        run = Run(model)
-        if (run / "context.json").is_file():
-            context = read_json(run / "context.json")["text"]
-        files = sorted((run / "gguf").glob(f"{run.name}-*.gguf"))
-        if not files:
-            raise UserError(
-                f"{model} holds no GGUF file yet.",
-                "Finish the run: the command that started it goes on where it stopped.",
-            )
-        file = files[0]
-        if plain:
-            file = _plain_gguf(run)
-    chat(file, context=context, message=message, temperature=temperature, seed=seed)
-
-
-def _plain_gguf(run: Run) -> Path:
-    """The base without the adapter as GGUF, made when first asked for."""
-    from .gguf import export_model
-
-    source, directory = _recorded_source(run), run / "gguf"
-    return export_model(
-        source.path, directory, "base", quants=["q4_k_m"], modelfile=False, progress=progress
-    )[0]
 
 
 STAGES = (
@@ -448,7 +402,7 @@ STAGES = (
         ("eval_prompts", "eval_samples", "eval_contexts"),
         ("evaluation.jsonl", "metrics.json"),
     ),
-    Stage("export", _export, ("quants",), ("merged", "gguf")),
+    Stage("export", _export, ("quants", "compare_merges"), ("merged", "gguf")),
     Stage("report", _report, (), ("report.html",)),
 )
 
@@ -472,16 +426,6 @@ def _check_same(run: Run, inputs: dict[str, Any]) -> None:
     ):
         if recorded.get(key) != inputs.get(key):
             raise UserError(f"{run.path} was made with another {name} file.", fix)
-
-
-def _recorded_source(run: Run) -> BaseSource:
-    base = run.meta["base"]
-    if base["name"] == "builtin":
-        return find_base("builtin")
-    path = Path(base["path"])
-    if not path.is_dir():
-        return find_base(base["name"])
-    return BaseSource(base["name"], path, base["revision"])
 
 
 def _versions() -> dict[str, str]:

@@ -89,6 +89,9 @@ class Recipe(BaseModel):
     eval_samples: int = Field(1, ge=1, description="sampled responses per held-out prompt")
     eval_contexts: int = Field(8, ge=2, description="contexts that a response is ranked among")
 
+    compare_merges: bool = Field(
+        False, description="say which merge is closer to what was trained: 16-bit or 4-bit weights"
+    )
     quants: list[Quant] = Field(["q4_k_m"], description="GGUF files to write")
 
     @property
@@ -143,6 +146,11 @@ def load_recipe(
         values[key.strip()] = _value(text)
     values |= {key: value for key, value in (flags or {}).items() if value is not None}
     return make_recipe(values)
+
+
+def given_settings(assignments: Iterable[str]) -> set[str]:
+    """The names of the settings in `key=value` assignments."""
+    return {assignment.partition("=")[0].strip() for assignment in assignments}
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
