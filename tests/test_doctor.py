@@ -69,6 +69,13 @@ def test_a_wrong_product_is_seen(monkeypatch):
     assert "constraints.txt" in check.mend
 
 
+def test_badly_packed_weights_are_seen(monkeypatch):
+    """The product agrees with the unpacked weight, but that is not the weight."""
+    right = functional.quantize_4bit
+    monkeypatch.setattr(functional, "quantize_4bit", lambda w, **options: right(2 * w, **options))
+    assert doctor._bitsandbytes().state == "failed"
+
+
 @pytest.mark.parametrize(
     ("cuda", "driver", "usable", "state", "words"),
     [

@@ -64,6 +64,9 @@ def test_more_memory_is_never_slower_and_a_fitting_plan_fits(name, context):
             assert planned.least <= planned.peak <= planned.device.budget
             now = case.cost(case.best_training())
             assert now <= cost
+            options = list(case.training_options())
+            fitting = [o for o in options if case.training(o).peak <= planned.device.budget]
+            assert now == min(map(case.cost, fitting))
             cost = now
         else:
             assert any("does not fit" in reason for reason in planned.reasons)
