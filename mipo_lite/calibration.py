@@ -5,7 +5,7 @@ and ratios, nothing about models or texts. What it learns is a factor on the par
 varies with batch and length; weights and optimizer are exact anyway. The largest of the last few
 measurements counts, since a plan that is too small ends in an out-of-memory error.
 
-Trainer and sampler call `record` after their first step; `planning` asks `factor`.
+`planning.watch_memory` records, `planning.plan` asks for the factor.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from .run import atomic_write
 KEEP = 5
 # A ratio outside is a mistake (another process on the GPU, a stage that did nothing), not news.
 PLAUSIBLE = (0.2, 5.0)
+# Answers are mostly shorter than a plan has to allow for: a small ratio promises little.
+FLOOR = 0.9
 
 
 def cache_directory() -> Path:
@@ -66,7 +68,7 @@ def record(device: str, stage: str, *, planned: int, fixed: int, measured: int) 
 def factor(device: str, stage: str) -> float | None:
     """The factor to plan with; None when nothing was measured on this device yet."""
     ratios = _ratios(_read(cache_directory() / "calibration.json"), device, stage)
-    return max(ratios, default=None)
+    return max(FLOOR, *ratios) if ratios else None
 
 
 def _read(file: Path) -> dict[str, Any]:

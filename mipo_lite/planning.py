@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from . import calibration
 from .bases import BUILTIN, cached, config_of
 from .fitting import Case, Device, Stage, Training
 from .known_bases import KNOWN, KnownBase
@@ -144,7 +146,8 @@ def plan(
     shape = base if isinstance(base, Shape) else shape_of(_config(base))
     device = device or find_device(vram_gib)
     recipe = recipe or make_recipe({})
-    case = Case(shape, device, recipe, context_tokens or PAGE, frozenset(fixed))
+    context = PAGE if context_tokens is None else context_tokens
+    case = Case(shape, device, recipe, context, frozenset(fixed))
     sampling = case.best_sampling()
     scoring = case.best_scoring()
     training = case.best_training()
@@ -196,6 +199,66 @@ def choose_base(
     known, planned = chosen
     reason = f"the largest that fits {gib(device.budget)}; licence {known.licence}"
     return Choice(known.name, planned, reason, tuple(candidates))
+
+
+def settle(
+    recipe: Recipe,
+    path: Path,
+    text: str,
+    *,
+    fixed: Collection[str] = (),
+    recorded: Mapping[str, Any] | None = None,
+) -> tuple[Recipe, Plan | None]:
+    """The recipe of a run with batch sizes that fit this GPU, and the plan; without a GPU as it is.
+
+    Args:
+        path: the directory of the base.
+        text: the user context.
+        fixed: names of the settings that the user has set.
+        recorded: the recipe of the run that is gone on with. Its batch sizes are kept: other ones
+            would give other samples.
+    """
+    if recorded is not None:
+        kept = {key: recorded[key] for key in PLANNED if key in recorded and key not in fixed}
+        return recipe.model_copy(update=kept), None
+    if find_gpu() is None:
+        return recipe, None
+    tokens = count_tokens(text, str(path))
+    planned = plan(str(path), context_tokens=tokens, recipe=recipe, fixed=fixed)
+    return planned.apply(recipe), planned
+
+
+@contextmanager
+def watch_memory(
+    stage: str, recipe: Recipe, path: Path, text: str, entry: dict[str, Any]
+) -> Iterator[None]:
+    """Compare the peak of a stage with its plan, on a GPU; elsewhere do nothing.
+
+    Both go into `entry` (the stage's entry of run.json), in bytes, and their ratio to
+    `calibration`, for the next plan on this machine. A stage that fails says nothing.
+    """
+    gpu = find_gpu() if stage in ("pairs", "scores", "train") else None
+    if gpu is None:
+        yield
+        return
+    import torch
+
+    torch.cuda.empty_cache()  # what an earlier stage has left is not this one's
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    measured = int(torch.cuda.max_memory_reserved())
+    tokens = count_tokens(text, str(path))
+    planned = plan(
+        str(path),
+        context_tokens=tokens,
+        recipe=recipe,
+        fixed=[name for name in PLANNED if name in Recipe.model_fields],
+        device=Device(gpu.name, gpu.total, True),
+    ).stage(stage)
+    entry["memory"] = {"planned": planned.planned, "measured": measured}
+    calibration.record(
+        gpu.name, stage, planned=planned.planned, fixed=planned.fixed, measured=measured
+    )
 
 
 def find_device(vram_gib: float | None = None) -> Device:
