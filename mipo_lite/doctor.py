@@ -11,12 +11,13 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .bases import BUILTIN, check_weights, hub_reachable
 from .console import console
@@ -175,7 +176,9 @@ def _gpu() -> Check:
 
 def _bitsandbytes() -> Check:
     import torch
-    from bitsandbytes import functional, matmul_4bit
+
+    with _without_compiler(torch):
+        from bitsandbytes import functional, matmul_4bit
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -195,6 +198,21 @@ def _bitsandbytes() -> Check:
         mend = "Install the tested version: pip install bitsandbytes -c constraints.txt"
         return Check("bitsandbytes", "failed", found, mend)
     return Check("bitsandbytes", "ok", found)
+
+
+@contextmanager
+def _without_compiler(torch: Any) -> Iterator[None]:
+    """Let `torch.compile` do nothing while bitsandbytes is imported.
+
+    It wraps its fallbacks in it on import; loading the compiler for that takes longer than all
+    checks together, and they compute the same without it.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function, **options: function
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def _llama_cpp() -> Check:

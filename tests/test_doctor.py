@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -170,3 +172,22 @@ def test_hub(monkeypatch):
     assert "does not answer" in doctor._hub(False).found
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in doctor._hub(False).found
+
+
+def test_the_command_is_quick():
+    """It loads neither the compiler nor transformers, which is most of the time it could take."""
+    code = (
+        "import sys; from mipo_lite.doctor import diagnose, print_checks; "
+        "print_checks(diagnose(), as_json=True); "
+        "sys.exit(bool({'torch._inductor.compile_fx', 'transformers', 'trl'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout[done.stdout.index("[\n") :])
+    assert [check["name"] for check in checks] == [*CHECKS, "hub"]
