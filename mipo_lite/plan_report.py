@@ -1,6 +1,6 @@
 """`mipo-lite plan`: what the planner found, for people or as JSON; and the table of the recipes.
 
-`python -m mipo_lite.plan_report` prints the table of recipes/README.md.
+`python -m mipo_lite.plan_report` prints the tables of recipes/README.md.
 """
 
 from __future__ import annotations
@@ -18,11 +18,18 @@ from .console import console
 from .contexts import load_user_context
 from .fitting import Device, Stage
 from .memory import GIB, MIB
-from .planning import Choice, Plan, choose_base, count_tokens, find_device, gib, plan
+from .planning import Choice, Plan, choose_base, count_tokens, find_device, gib, pairs, plan
 from .recipe import Recipe, load_recipe
 
 # The card each recipe is made for, GiB; None for the CPU.
 RECIPE_CARDS = {"6gb": 6, "8gb": 8, "12gb": 12, "24gb": 24, "careful": 12}
+# The bases of the second table of recipes/README.md.
+SHAPES = (
+    "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "meta-llama/Llama-3.2-3B-Instruct",
+    "meta-llama/Llama-3.1-8B-Instruct",
+)
 _STAGES = {"pairs": "sampling", "scores": "scoring", "train": "training"}
 
 
@@ -181,7 +188,7 @@ def _row(name: str, card: str, planned: Plan) -> str:
         card,
         planned.base.rpartition("/")[2],
         f"{settings['sampling_batch']} responses",
-        f"{settings['micro_batch']} pairs",
+        pairs(settings["micro_batch"]),
         *(gib(stage.peak) for stage in planned.stages),
         f"{planned.max_context:,} tokens",
         "not measured",
@@ -189,5 +196,28 @@ def _row(name: str, card: str, planned: Plan) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def shape_table() -> str:
+    """Twelve plans, four bases with three contexts each, in Markdown: the least they take, and
+    how fast a card of 8 GiB is for them. Default recipe."""
+    lines = [
+        "| base | context | weights | at least | with 8 GiB |",
+        "|---|---|---|---|---|",
+    ]
+    recipe = load_recipe("default")
+    for name in SHAPES:
+        for context in (200, 1200, 3000):
+            planned = plan(name, vram_gib=8, context_tokens=context, recipe=recipe)
+            settings = planned.settings
+            words = f"{settings['sampling_batch']} at once, {pairs(settings['micro_batch'])} a pass"
+            if settings["gradient_checkpointing"]:
+                words += ", checkpointing"
+            lines.append(
+                f"| {name.rpartition('/')[2]} | {context:,} tokens "
+                f"| {gib(planned.stages[0].parts[0].bytes)} | {gib(planned.least)} "
+                f"| {words if planned.fits else 'does not fit'} |"
+            )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(recipe_table())
+    print(recipe_table(), shape_table(), sep="\n\n")

@@ -286,6 +286,10 @@ def count_tokens(text: str, base: str) -> int:
     return len(Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids)
 
 
+def pairs(count: int) -> str:
+    return f"{count} pair" if count == 1 else f"{count} pairs"
+
+
 def gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB"
 
@@ -328,7 +332,8 @@ def _why_sampling(case: Case, rows: int) -> str:
 
 def _why_micro_batch(case: Case, training: Training) -> str:
     batch = case.batch(training.micro_batch)
-    words = f"{training.micro_batch} pairs a pass compute {batch.tokens:,} tokens"
+    compute = "compute" if training.micro_batch > 1 else "computes"
+    words = f"{pairs(training.micro_batch)} a pass {compute} {batch.tokens:,} tokens"
     if case.recipe.prefix_sharing:
         words += f" instead of {batch.rows * batch.length:,}, the context being shared"
     larger = {option.micro_batch for option in case.training_options()}

@@ -8,7 +8,7 @@ import pytest
 
 from mipo_lite import plan_report
 from mipo_lite.bases import BUILTIN
-from mipo_lite.plan_report import RECIPE_CARDS, recipe_table
+from mipo_lite.plan_report import RECIPE_CARDS, recipe_table, shape_table
 from mipo_lite.planning import choose_base
 from mipo_lite.recipe import load_recipe, recipe_names
 
@@ -83,8 +83,9 @@ def test_every_recipe_is_in_the_table():
     assert all(f"`{name}`" in listed for name in recipe_names())
 
 
-def test_the_table_is_what_the_command_prints():
-    assert recipe_table() in README.read_text("utf-8")
+@pytest.mark.parametrize("table", [recipe_table, shape_table])
+def test_the_tables_are_what_the_command_prints(table):
+    assert table() in README.read_text("utf-8")
 
 
 def test_a_recipe_that_fits_nothing_is_not_passed_over(monkeypatch):
