@@ -37,7 +37,7 @@ bench: install
 	$(BIN)/mipo-lite bench
 
 bench-gpu: install
-	$(BIN)/mipo-lite bench --gpu
+	$(BIN)/python -m mipo_lite.bench_gpu
 
 clean:
 	rm -rf .venv build dist

@@ -170,7 +170,8 @@ def evaluate(run: RunArgument, settings: SetOption = None) -> None:
 
 
 def _stage(path: Path, settings: list[str] | None, name: str) -> None:
-    from .pipeline import execute, open_flow
+    from .flow import execute
+    from .pipeline import open_flow
     from .report.summary import print_summary
 
     flow = open_flow(path, settings or [])

@@ -15,10 +15,11 @@ from .base import BaseSource, load_tokenizer
 from .console import console
 from .contexts import build_messages, encode_prompt
 from .errors import UsageError, UserError
+from .flow import Flow, Stage, execute, open_or_create, resolve
 from .negatives import NEGATIVES, make_pairs
-from .pipeline import STAGES, Flow, Stage, execute, open_or_create, resolve
+from .pipeline import STAGES
 from .problems import LEAST, Problem, load_problems, split_problems
-from .recipe import Recipe
+from .recipe import Recipe, given_settings
 from .run import Run, append_jsonl, fingerprint, read_jsonl, write_json
 
 
@@ -83,6 +84,7 @@ def prepare(
     trust_remote_code: bool,
 ) -> Flow:
     """Check every input and create the run directory, or open the one to go on with."""
+    settings = list(settings)
     problems = _read(prompts, eval_prompts, columns)
     kind = "multiple-choice" if any(problem.choices for problem in problems) else "math"
     chosen, source = resolve(recipe, settings, flags | {"base": base}, ("math-builtin", kind))
@@ -91,23 +93,31 @@ def prepare(
             f"negatives={chosen.negatives} is for personalize: a question has no context.",
             f"Use one of: {', '.join(NEGATIVES)}.",
         )
-    problems = _fitting(source, problems, chosen, trust_remote_code)
+    fitting = _fitting(source, problems, chosen, trust_remote_code)
     inputs = {
         "command": "improve",
-        "recipe": chosen.model_dump(),
-        "prompts": fingerprint([problem.as_row() for problem in problems]),
-        "answers": fingerprint([problem.answer for problem in problems]),
+        "prompts": fingerprint([problem.as_row() for problem in fitting]),
+        "answers": fingerprint([problem.answer for problem in fitting]),
     }
 
     def write(created: Run) -> None:
         for name in ("problems.jsonl", "answers.jsonl"):
             (created / name).unlink(missing_ok=True)
-        append_jsonl(created / "problems.jsonl", (problem.as_row() for problem in problems))
-        answers = ({"id": p.id, "answer": p.answer} for p in problems if p.answer is not None)
+        append_jsonl(created / "problems.jsonl", (problem.as_row() for problem in fitting))
+        answers = ({"id": p.id, "answer": p.answer} for p in fitting if p.answer is not None)
         append_jsonl(created / "answers.jsonl", answers)
 
     path = run or Path("runs") / prompts.stem
-    return open_or_create(path, inputs, chosen, source, write, trust_remote_code)
+    return open_or_create(
+        path,
+        inputs,
+        chosen,
+        source,
+        write,
+        IMPROVE_STAGES,
+        fixed=given_settings(settings),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _read(

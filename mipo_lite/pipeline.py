@@ -1,72 +1,27 @@
-"""personalize() and improve(): the stages in order, each repeatable and resumable.
+"""personalize(): from a page about the user to a GGUF file, stage by stage.
 
-A stage reads files of the run directory and writes files of the run directory. Its fingerprint
-covers the settings it reads and the fingerprint of the stage before it, so that a finished stage
-is run again exactly when something it depends on has changed.
+How stages are run and gone on with is `flow`'s business; `improve_flow` has the same for problem
+solving and shares most stages.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .base import Base, check_context_fits, load_base
-from .bases import BaseSource, find_base, recorded_source
-from .console import console, progress
-from .contexts import Persona, load_facts, load_user_context, persona_pool
-from .errors import UsageError, UserError
-from .prompts import Prompt, from_row, load_prompts
-from .recipe import Recipe, load_recipe
-from .run import Run, append_jsonl, fingerprint, read_json, read_jsonl, write_json
+from .base import check_context_fits
+from .bases import recorded_source
+from .console import progress
+from .contexts import load_facts, load_user_context, persona_pool
+from .errors import UsageError
+from .flow import Flow, Stage, execute, open_or_create, resolve
+from .prompts import load_prompts
+from .recipe import Recipe, given_settings, load_recipe
+from .run import Run, append_jsonl, fingerprint, read_jsonl, write_json
 
 NEGATIVES = ("missing", "random", "mixed")  # of personalize
-VERSIONS = ("mipo-lite", "torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python")
-
-
-@dataclass
-class Flow:
-    """A run together with what its stages share; the base is loaded when first needed."""
-
-    run: Run
-    recipe: Recipe
-    source: BaseSource
-    trust_remote_code: bool = False
-
-    @cached_property
-    def base(self) -> Base:
-        with console.status(f"Loading {self.source.name} in 4 bits"):
-            return load_base(self.source, trust_remote_code=self.trust_remote_code)
-
-    @cached_property
-    def user(self) -> Persona:
-        row = read_json(self.run / "context.json")
-        return Persona("user", row["text"], row["facts"])
-
-    @cached_property
-    def prompts(self) -> tuple[Prompt, ...]:
-        return tuple(map(from_row, read_jsonl(self.run / "prompts.jsonl")))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A step of the flow.
-
-    Attributes:
-        settings: the settings it reads; a change of one makes the stage, and all after it, stale.
-        files: what it writes, removed before a stale stage is run again.
-    """
-
-    name: str
-    action: Callable[[Flow, dict[str, Any]], None]
-    settings: tuple[str, ...]
-    files: tuple[str, ...]
 
 
 def personalize(
@@ -149,7 +104,8 @@ def prepare(
     text = load_user_context(user_context)
     facts = load_facts(user_context)
     chosen_prompts = load_prompts(prompts)
-    chosen, source = resolve(recipe, settings, {"base": base, "seed": seed})
+    settings = list(settings)
+    chosen, source = resolve(recipe, settings, {"base": base, "seed": seed}, text=text)
     if chosen.negatives not in NEGATIVES:
         raise UsageError(
             f"negatives can not be {chosen.negatives!r} for personalize.",
@@ -159,7 +115,6 @@ def prepare(
     path = run or Path("runs") / user_context.stem
     inputs = {
         "command": "personalize",
-        "recipe": chosen.model_dump(),
         "context": fingerprint([text, facts]),
         "prompts": fingerprint([prompt.as_row() for prompt in chosen_prompts]),
     }
@@ -169,54 +124,17 @@ def prepare(
         (created / "prompts.jsonl").unlink(missing_ok=True)
         append_jsonl(created / "prompts.jsonl", (prompt.as_row() for prompt in chosen_prompts))
 
-    return open_or_create(path, inputs, chosen, source, write, trust_remote_code)
-
-
-def open_or_create(
-    path: Path,
-    inputs: dict[str, Any],
-    chosen: Recipe,
-    source: BaseSource,
-    write: Callable[[Run], None],
-    trust_remote_code: bool,
-) -> Flow:
-    """The run at `path`, checked to be of the same inputs, or a new one that `write` fills."""
-    if (path / "run.json").is_file():
-        opened = Run(path)
-        _check_same(opened, inputs)
-        return Flow(opened, chosen, recorded_source(opened.meta["base"]), trust_remote_code)
-    meta = {
-        **inputs,
-        "base": {
-            "name": source.name,
-            "path": str(source.path),
-            "revision": source.revision,
-        },
-        "seed": chosen.seed,
-        "versions": {"python": platform.python_version(), **_versions()},
-        "device": _device(),
-    }
-    created = Run.create(path, meta)
-    write(created)
-    return Flow(created, chosen, source, trust_remote_code)
-
-
-def resolve(
-    recipe: str | None,
-    settings: Iterable[str],
-    flags: dict[str, Any],
-    defaults: tuple[str, str] = ("builtin", "default"),
-) -> tuple[Recipe, BaseSource]:
-    """The recipe and the base. Without a recipe, the base decides: `defaults` (built-in, other)."""
-    settings = list(settings)
-    wanted = load_recipe(recipe, settings, flags)
-    source = find_base(wanted.base, recipe=wanted)
-    if source.reason:
-        console.print(f"Base: {source.name} ({source.reason})")
-    if recipe is None:
-        name = defaults[source.name != "builtin"]
-        wanted = load_recipe(name, settings, flags)
-    return wanted, source
+    return open_or_create(
+        path,
+        inputs,
+        chosen,
+        source,
+        write,
+        STAGES,
+        fixed=given_settings(settings),
+        text=text,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def open_flow(path: Path, settings: Iterable[str] = (), trust_remote_code: bool = False) -> Flow:
@@ -224,29 +142,8 @@ def open_flow(path: Path, settings: Iterable[str] = (), trust_remote_code: bool 
     run = Run(path)
     recipe = load_recipe(None, settings, None)
     recipe = Recipe(**{**run.meta["recipe"], **recipe.model_dump(exclude_unset=True)})
-    return Flow(run, recipe, recorded_source(run.meta["base"]), trust_remote_code)
-
-
-def execute(flow: Flow, only: str | None = None) -> None:
-    """Run the stages that are not done; with `only`, up to that one and not beyond."""
-    flow.run.meta["recipe"] = flow.recipe.model_dump()
-    for stage, inputs in fingerprints(flow):
-        if not flow.run.is_done(stage.name, inputs):
-            _start_over_if_stale(flow.run, stage, inputs)
-            with flow.run.stage(stage.name, inputs) as entry:
-                stage.action(flow, entry)
-        if stage.name == only:
-            return
-
-
-def fingerprints(flow: Flow) -> Iterator[tuple[Stage, str]]:
-    """The stages in order, each with the fingerprint of all that its result depends on."""
-    meta = flow.run.meta
-    recipe = flow.recipe.model_dump()
-    before = fingerprint([meta.get("context"), meta["prompts"], flow.source.revision])
-    for stage in stages_of(flow.run):
-        before = fingerprint([before, stage.name, {key: recipe[key] for key in stage.settings}])
-        yield stage, before
+    source = recorded_source(run.meta["base"])
+    return Flow(run, recipe, source, stages_of(run), trust_remote_code)
 
 
 def stages_of(run: Run) -> tuple[Stage, ...]:
@@ -255,16 +152,6 @@ def stages_of(run: Run) -> tuple[Stage, ...]:
 
         return IMPROVE_STAGES
     return STAGES
-
-
-def _start_over_if_stale(run: Run, stage: Stage, inputs: str) -> None:
-    """Remove what the stage wrote for other inputs; what it wrote for these is gone on with."""
-    recorded = run.meta["stages"].get(stage.name)
-    if recorded and recorded["inputs"] == inputs and recorded["state"] != "done":
-        return
-    for name in stage.files:
-        path = run / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _make_pairs(flow: Flow, entry: dict[str, Any]) -> None:
@@ -405,42 +292,3 @@ STAGES = (
     Stage("export", _export, ("quants", "compare_merges"), ("merged", "gguf")),
     Stage("report", _report, (), ("report.html",)),
 )
-
-
-def _check_same(run: Run, inputs: dict[str, Any]) -> None:
-    """Raises UserError when the run was made from other inputs, naming the first that differ."""
-    recorded = run.meta
-    fix = "Give the same inputs to go on, or choose another --run to start anew."
-    if recorded.get("command") != inputs["command"]:
-        raise UserError(f"{run.path} was made by `mipo-lite {recorded.get('command')}`.", fix)
-    old, new = recorded["recipe"], inputs["recipe"]
-    changed = [
-        f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]
-    ]
-    if changed:
-        raise UserError(f"{run.path} belongs to another recipe: {'; '.join(changed[:3])}.", fix)
-    for key, name in (
-        ("context", "user context"),
-        ("prompts", "prompts"),
-        ("answers", "prompts (their answers differ)"),
-    ):
-        if recorded.get(key) != inputs.get(key):
-            raise UserError(f"{run.path} was made with another {name} file.", fix)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in VERSIONS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {os.cpu_count()} cores"

@@ -91,6 +91,11 @@ def test_a_context_larger_than_the_window(tmp_path, monkeypatch, capsys) -> None
     [
         (lambda d: "no such base!", "There is no base 'no such base!'.", NAME_ONE),
         (
+            lambda d: "nobody/nothing",
+            "{} is not in the local cache, and HF_HUB_OFFLINE forbids a download.",
+            "Unset HF_HUB_OFFLINE to download it, or use --base builtin.",
+        ),
+        (
             lambda d: base_without(d / "b", "config.json"),
             "{} is not a model directory: it has no config.json.",
             "Name a directory with config.json, *.safetensors and a tokenizer.",
@@ -115,17 +120,6 @@ def test_bad_bases(make, what, fix, tmp_path, monkeypatch, capsys) -> None:
     assert errors == f"Error: {what.format(base)}\n{fix}\n"
     assert code == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_a_base_that_is_not_here_and_can_not_be_downloaded(tmp_path, monkeypatch, capsys) -> None:
-    arguments = ["personalize", "--user-context", str(SAMPLE), "--base", "nobody/nothing"]
-    code, _, errors = run([*arguments, "--run", str(tmp_path / "run")], monkeypatch, capsys)
-    first, second = errors.splitlines()
-    assert first.startswith(
-        "Error: nobody/nothing is not on this machine and can not be downloaded"
-    )
-    assert second == "Check the network and the name, or use --base builtin."
-    assert code == 1
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 
 from mipo_lite import pipeline
 from mipo_lite.errors import UserError
+from mipo_lite.flow import fingerprints
 from mipo_lite.run import Run, read_json, read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +196,7 @@ def test_a_changed_setting_redoes_what_depends_on_it(finished, tmp_path: Path) -
     assert flow.recipe.learning_rate == 0.5
     stale = [
         stage.name
-        for stage, inputs in pipeline.fingerprints(flow)
+        for stage, inputs in fingerprints(flow)
         if not flow.run.is_done(stage.name, inputs)
     ]
     assert stale == ["train", "evaluate", "export", "report"]

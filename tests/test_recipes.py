@@ -47,7 +47,8 @@ def builtin():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_runs(builtin, tmp_path, name):
     """Pairs, scores and training, with the recipe's own settings but for sizes."""
-    from mipo_lite.pipeline import execute, prepare
+    from mipo_lite.flow import execute
+    from mipo_lite.pipeline import prepare
 
     flow = prepare(
         ROOT / "examples" / "me.txt",

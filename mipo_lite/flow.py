@@ -1,0 +1,213 @@
+"""The machinery of a run: stages that are repeated exactly when something they depend on changed.
+
+A stage reads files of the run directory and writes files of the run directory. Its fingerprint
+covers the settings it reads and the fingerprint of the stage before it. This module knows how
+stages are run, recorded and gone on with, and nothing about what they do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .base import Base, load_base
+from .bases import BaseSource, find_base, recorded_source
+from .console import console
+from .contexts import Persona
+from .errors import UserError
+from .planning import count_tokens, settle, watch_memory
+from .prompts import Prompt, from_row
+from .recipe import Recipe, load_recipe
+from .run import Run, fingerprint, read_json, read_jsonl
+
+VERSIONS = ("mipo-lite", "torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python")
+
+
+@dataclass
+class Flow:
+    """A run together with what its stages share; the base is loaded when first needed."""
+
+    run: Run
+    recipe: Recipe
+    source: BaseSource
+    stages: tuple[Stage, ...]
+    trust_remote_code: bool = False
+
+    @cached_property
+    def base(self) -> Base:
+        with console.status(f"Loading {self.source.name} in 4 bits"):
+            return load_base(self.source, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def user(self) -> Persona:
+        row = read_json(self.run / "context.json")
+        return Persona("user", row["text"], row["facts"])
+
+    @cached_property
+    def page(self) -> str | None:
+        """The user's page; None for a run of improve."""
+        return self.user.text if (self.run / "context.json").is_file() else None
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        return tuple(map(from_row, read_jsonl(self.run / "prompts.jsonl")))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the flow.
+
+    Attributes:
+        settings: the settings it reads; a change of one makes the stage, and all after it, stale.
+        files: what it writes, removed before a stale stage is run again.
+    """
+
+    name: str
+    action: Callable[[Flow, dict[str, Any]], None]
+    settings: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def open_or_create(
+    path: Path,
+    inputs: dict[str, Any],
+    chosen: Recipe,
+    source: BaseSource,
+    write: Callable[[Run], None],
+    stages: tuple[Stage, ...],
+    *,
+    fixed: Collection[str] = (),
+    text: str = "",
+    trust_remote_code: bool = False,
+) -> Flow:
+    """The run at `path`, checked to be of the same inputs, or a new one that `write` fills.
+
+    Args:
+        inputs: "command" and fingerprints of what the run is made from.
+        fixed: settings that the user has set: the plan for this GPU leaves them alone.
+        text: the user context, whose length the plan depends on.
+    """
+    opened = Run(path) if (path / "run.json").is_file() else None
+    recorded = opened.meta["recipe"] if opened else None
+    chosen, planned = settle(chosen, source.path, text, fixed=fixed, recorded=recorded)
+    inputs = {**inputs, "recipe": chosen.model_dump()}
+    if opened is not None:
+        _check_same(opened, inputs)
+        source = recorded_source(opened.meta["base"])
+        return Flow(opened, chosen, source, stages, trust_remote_code)
+    meta = {
+        **inputs,
+        "plan": planned.to_json() if planned else None,
+        "base": {
+            "name": source.name,
+            "path": str(source.path),
+            "revision": source.revision,
+        },
+        "seed": chosen.seed,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "device": _device(),
+    }
+    created = Run.create(path, meta)
+    write(created)
+    return Flow(created, chosen, source, stages, trust_remote_code)
+
+
+def resolve(
+    recipe: str | None,
+    settings: Iterable[str],
+    flags: dict[str, Any],
+    defaults: tuple[str, str] = ("builtin", "default"),
+    text: str = "",
+) -> tuple[Recipe, BaseSource]:
+    """The recipe and the base. Without a recipe, the base decides: `defaults` (built-in, other)."""
+    settings = list(settings)
+    wanted = load_recipe(recipe, settings, flags)
+    tokens = count_tokens(text, "auto") if wanted.base == "auto" else None
+    source = find_base(wanted.base, recipe=wanted, context_tokens=tokens)
+    if source.reason:
+        console.print(f"Base: {source.name} ({source.reason})")
+    if recipe is None:
+        name = defaults[source.name != "builtin"]
+        wanted = load_recipe(name, settings, flags)
+    return wanted, source
+
+
+def execute(flow: Flow, only: str | None = None) -> None:
+    """Run the stages that are not done; with `only`, up to that one and not beyond."""
+    flow.run.meta["recipe"] = flow.recipe.model_dump()
+    for stage, inputs in fingerprints(flow):
+        if not flow.run.is_done(stage.name, inputs):
+            _start_over_if_stale(flow.run, stage, inputs)
+            with (
+                flow.run.stage(stage.name, inputs) as entry,
+                watch_memory(stage.name, flow.recipe, flow.source.path, flow.page or "", entry),
+            ):
+                stage.action(flow, entry)
+        if stage.name == only:
+            return
+
+
+def fingerprints(flow: Flow) -> Iterator[tuple[Stage, str]]:
+    """The stages in order, each with the fingerprint of all that its result depends on."""
+    meta = flow.run.meta
+    recipe = flow.recipe.model_dump()
+    before = fingerprint([meta.get("context"), meta["prompts"], flow.source.revision])
+    for stage in flow.stages:
+        before = fingerprint([before, stage.name, {key: recipe[key] for key in stage.settings}])
+        yield stage, before
+
+
+def _start_over_if_stale(run: Run, stage: Stage, inputs: str) -> None:
+    """Remove what the stage wrote for other inputs; what it wrote for these is gone on with."""
+    recorded = run.meta["stages"].get(stage.name)
+    if recorded and recorded["inputs"] == inputs and recorded["state"] != "done":
+        return
+    for name in stage.files:
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _check_same(run: Run, inputs: dict[str, Any]) -> None:
+    """Raises UserError when the run was made from other inputs, naming the first that differ."""
+    recorded = run.meta
+    fix = "Give the same inputs to go on, or choose another --run to start anew."
+    if recorded.get("command") != inputs["command"]:
+        raise UserError(f"{run.path} was made by `mipo-lite {recorded.get('command')}`.", fix)
+    old, new = recorded["recipe"], inputs["recipe"]
+    changed = [
+        f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]
+    ]
+    if changed:
+        raise UserError(f"{run.path} belongs to another recipe: {'; '.join(changed[:3])}.", fix)
+    for key, name in (
+        ("context", "user context"),
+        ("prompts", "prompts"),
+        ("answers", "prompts (their answers differ)"),
+    ):
+        if recorded.get(key) != inputs.get(key):
+            raise UserError(f"{run.path} was made with another {name} file.", fix)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores"
