@@ -43,8 +43,9 @@ class Question:
     Attributes:
         asked: what the response is conditioned on.
         subject: whose page the information is about: the user, or the other persona.
-        rivals: the K personas among whom the response is ranked, `subject` first; () for no
-            ranking.
+        rivals: the personas among whom a response is ranked, `subject` first; () for no ranking.
+            K of them for the user's page; for another's only that one and the user: does the
+            answer follow the page it was given, or the one it was trained on?
         samples: sampled responses per model; one greedy response comes on top where `greedy`.
     """
 
@@ -132,11 +133,10 @@ def questions_about(
         if condition == "neutral":
             return Question(condition, Condition(prompt, user), user, (), samples, False)
         if condition == "without_context":
-            return Question(condition, Condition(prompt), user, (), 1, True)
+            return Question(condition, Condition(prompt), user, (), 1, False)
         # Neighbours get the same persona, so that a batch shares its page.
         other = others[number * len(others) // len(matter)]
-        ranked = (other, user, *rivals[:-1])
-        return Question(condition, Condition(prompt, other), other, ranked, 1, False)
+        return Question(condition, Condition(prompt, other), other, (other, user), 1, False)
 
     return [
         about(condition, prompt, number)

@@ -43,10 +43,10 @@ def measure(
 ) -> list[Measures]:
     """What each answer shows, in the order of `answers`; None where a measure does not apply.
 
-    Under the frozen base: `pmi`, log p(y|x,c) - log p(y|x) in nats, c the subject's page;
-    `pmi_per_token`; for sampled answers that are ranked also `bits` and `which_context` (see
-    `metrics.information`). `kl_per_token`, log policy(y) - log base(y) of the policy's samples
-    to neutral prompts: its mean estimates their KL divergence.
+    Under the frozen base, of sampled answers: `pmi`, log p(y|x,c) - log p(y|x) in nats, c the
+    subject's page; `pmi_per_token`; and of the first answer to a question with rivals `bits` and
+    `which_context` (see `metrics.information`). `kl_per_token`, log policy(y) - log base(y) of
+    the policy's samples to neutral prompts: its mean estimates their KL divergence.
 
     By looking: `length` in tokens, `ended`, `repetition`, `own_words` (a word that only the
     user's page has), `shared_run` (longest run of consecutive words shared with the user's
@@ -121,21 +121,25 @@ def _information(
     answers: Sequence[dict[str, Any]],
     advance: Callable[[int], None],
 ) -> list[Measures]:
-    """PMI of every answer; bits and rank of sampled answers to questions with rivals."""
+    """PMI of sampled answers; bits and rank of the first one where the question has rivals.
+
+    Ranking among K contexts costs K scores, and a second answer to the same prompt narrows the
+    interval little.
+    """
     found: list[Measures] = [{} for _ in answers]
-    ranked = [bool(questions[a["question"]].rivals) and a["mode"] == "sampled" for a in answers]
-    for is_ranked in (True, False):
+    widths = [len(questions[a["question"]].rivals) if a["sample"] == 0 else 0 for a in answers]
+    for width in sorted(set(widths), reverse=True):
         # Policy and base often give the same answer: it is scored once.
         same: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for i, row in enumerate(answers):
-            if ranked[i] == is_ranked:
+            if row["mode"] == "sampled" and widths[i] == width:
                 same.setdefault((row["question"], tuple(row["token_ids"])), []).append(i)
         if not same:
             continue
         prompts = {
             index: [
                 base.encode(questions[index].prompt.text, page)
-                for page in _pages(questions[index], is_ranked)
+                for page in _pages(questions[index], ranked=width > 0)
             ]
             for index in {index for index, _ in same}
         }
@@ -151,16 +155,16 @@ def _information(
             length = len(answers[indices[0]]["token_ids"])
             for i in indices:
                 found[i] |= {"pmi": pmi, "pmi_per_token": pmi / max(length, 1)}
-                if is_ranked:
+                if width:
                     found[i]["bits"] = float(values["bits"][number])
                     found[i]["which_context"] = float(values["which_context"][number])
             advance(len(indices))
     return found
 
 
-def _pages(question: Question, is_ranked: bool) -> Iterable[str | None]:
+def _pages(question: Question, ranked: bool) -> Iterable[str | None]:
     """The contexts under which an answer is scored: none, its subject's, then its rivals'."""
-    pages = question.rivals if is_ranked else (question.subject,)
+    pages = question.rivals if ranked else (question.subject,)
     return (None, *(persona.text for persona in pages))
 
 
@@ -177,6 +181,10 @@ def _divergence(
         if row["condition"] == "neutral" and row["mode"] == "sampled":
             rows.setdefault(row["model"], []).append(i)
     for which, indices in rows.items():
+        if which == "before":
+            for i in indices:
+                found[i]["kl_per_token"] = 0.0
+            continue
         pairs = [
             (questions[answers[i]["question"]].asked.encode(base), answers[i]["token_ids"])
             for i in indices

@@ -34,6 +34,7 @@ class PairQuality:
         most, least: (mean PMI of chosen, prompt), the prompts that depend most and least on the
             context.
         warnings: why training may teach nothing; () when nothing speaks against it.
+        context: what PMI is about: "your page", or for improve "the question".
     """
 
     sampled: int
@@ -46,6 +47,7 @@ class PairQuality:
     most: tuple[tuple[float, str], ...]
     least: tuple[tuple[float, str], ...]
     warnings: tuple[str, ...]
+    context: str = "your page"
 
     @property
     def dropped_share(self) -> float:
@@ -62,6 +64,8 @@ def pair_quality(pairs: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any
     ranked = sorted(((statistics.fmean(v), text) for text, v in by_prompt.items()), reverse=True)
     contrast = statistics.median(contrasts) if contrasts else 0.0
     aligned = sum(c > 0 for c in contrasts) / max(len(contrasts), 1)
+    personal = not pairs or any(pair.get("persona") is not None for pair in pairs)
+    context = "your page" if personal else "the question"
     warnings = []
     if len(contrasts) < FEW_PAIRS:
         warnings.append(
@@ -70,12 +74,12 @@ def pair_quality(pairs: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any
         )
     if rows and 1 - len(contrasts) / len(rows) > MANY_DROPPED:
         warnings.append(
-            "Most pairs show no contrast: the base answers these prompts alike with and without"
-            " your page. Write more about yourself, or ask other things."
+            f"Most pairs show no contrast: the base answers alike whatever {context} says."
+            f" {'Write more about yourself, or ask' if personal else 'Ask'} other things."
         )
     if contrasts and contrast < LOW_CONTRAST:
         warnings.append(
-            f"The median contrast is {contrast:.1f} nats: the base hardly uses your page,"
+            f"The median contrast is {contrast:.1f} nats: the base hardly uses {context},"
             " so there is little to amplify. A larger base may."
         )
     return PairQuality(
@@ -89,6 +93,7 @@ def pair_quality(pairs: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any
         most=tuple(ranked[:LISTED]),
         least=tuple(reversed(ranked[-LISTED:])),
         warnings=tuple(warnings),
+        context=context,
     )
 
 
@@ -109,7 +114,10 @@ def print_quality(quality: PairQuality) -> None:
             )
     for title, prompts in (("most", quality.most[:2]), ("least", quality.least[:2])):
         for pmi, prompt in prompts:
-            console.print(f"  depends {title} on your page: {prompt} ({pmi:.1f})", markup=False)
+            line = " ".join(prompt.split())[:60]
+            console.print(
+                f"  depends {title} on {quality.context}: {line} ({pmi:.1f})", markup=False
+            )
     for warning in quality.warnings:
         console.print(f"  [yellow]Warning:[/] {warning}")
 

@@ -122,8 +122,45 @@ def make_run(path: Path, *, finished: bool = True) -> Run:
     return run
 
 
+def make_improve_run(path: Path) -> Run:
+    """A finished run of `improve`: questions with right and wrong answers."""
+    run = make_run(path)
+    run.meta["command"] = "improve"
+    run.save()
+    (run / "context.json").unlink()
+    append_jsonl(
+        run / "problems.jsonl", [{"id": f"q{i}", "question": f"{i} + 1?"} for i in range(3)]
+    )
+    (run / "evaluation.jsonl").unlink()
+    append_jsonl(
+        run / "evaluation.jsonl",
+        [
+            {
+                "model": model,
+                "mode": mode,
+                "question": i,
+                "prompt_id": f"q{i}",
+                "sample": 0,
+                "text": f"It is {i + (model == 'after')}.",
+                "token_ids": [i],
+                "ended": True,
+                "measures": {"bits": 1.0, "length": 3.0},
+            }
+            for model in ("before", "after")
+            for mode in ("sampled", "greedy")
+            for i in range(3)
+        ],
+    )
+    found = {"questions": 3, "samples_per_question": 1, "prompts_ranked": 3, "baselines": {}}
+    found["question"] = {"sampled": {"exact_match": entry(0.0, 1.0, 0.5, 1.0)}}
+    verdict = {"word": "improved", "sentence": "Improved.", "reasons": [], "advice": []}
+    write_json(run / "metrics.json", found | {"verdict": verdict})
+    return run
+
+
 def _pair(i: int) -> dict[str, Any]:
-    return {"id": i, "prompt": [{"role": "user", "content": f"Request <{i % 2}>?"}]}
+    prompt = [{"role": "user", "content": f"Request <{i % 2}>?"}]
+    return {"id": i, "persona": "user", "prompt": prompt}
 
 
 def _score(i: int) -> dict[str, Any]:

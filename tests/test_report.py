@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from finished_run import PAGE, make_run
+from finished_run import PAGE, make_improve_run, make_run
 
 from mipo_lite.quality import pair_quality, print_quality
 from mipo_lite.report.page import mark_differences, side_by_side, write_page
@@ -97,6 +97,13 @@ def test_page_of_a_run_that_has_only_pairs(tmp_path: Path) -> None:
     assert "Before and after" not in html
 
 
+def test_page_of_an_improve_run(tmp_path: Path) -> None:
+    html = write_page(make_improve_run(tmp_path / "sums")).read_text("utf-8")
+    assert "3 held-out requests" in html and "2 + 1?" in html
+    assert "0 %" in html and "100 %" in html and "given its own question" in html
+    assert "A word only your page has" not in html and html.count("<svg") == 4
+
+
 def test_differences_are_marked_word_by_word() -> None:
     before, after = mark_differences("You live in Ely now.", "Ilva, you live in Ely.")
     assert before == [(True, "You"), (False, "live in"), (True, "Ely now.")]
@@ -137,7 +144,10 @@ def test_summary_names_verdict_and_files(tmp_path: Path, capsys) -> None:
 
 def pairs_with(contrasts: list[float], kept: list[bool] | None = None):
     kept = kept or [True] * len(contrasts)
-    pairs = [{"prompt": [{"content": f"Request {i % 3}"}]} for i in range(len(contrasts))]
+    pairs = [
+        {"persona": "user", "prompt": [{"content": f"Request {i % 3}"}]}
+        for i in range(len(contrasts))
+    ]
     scores = [
         {"pmi_chosen": c, "pmi_rejected": 0.0, "kept": k, "why": None if k else "no contrast"}
         for c, k in zip(contrasts, kept, strict=True)

@@ -28,6 +28,7 @@ _CONDITIONS = (
     ("without_context", "greedy", "Without your page"),
     ("other_context", "sampled", "With somebody else's page"),
     ("neutral", "sampled", "Where your page is no matter"),
+    ("question", "greedy", "Held-out questions"),
 )
 _FILES = (
     ("adapter", "the LoRA adapter, to load with PEFT"),
@@ -72,7 +73,8 @@ def write_page(run: Run) -> Path:
 def page_content(run: Run) -> dict[str, Any]:
     """What the template shows; parts that the run does not hold yet are None or empty."""
     metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else None
-    answers = read_jsonl(run / "evaluation.jsonl") if metrics else []
+    answers = _answers(run) if metrics else []
+    ranked = metrics.get("contexts", metrics.get("prompts_ranked", 2)) if metrics else 2
     scores = read_jsonl(run / "scores.jsonl")
     quality = pair_quality(read_jsonl(run / "pairs.jsonl"), scores) if scores else None
     stages = run.meta["stages"]
@@ -82,12 +84,15 @@ def page_content(run: Run) -> dict[str, Any]:
         "base": run.meta["base"]["name"],
         "verdict": metrics["verdict"] if metrics else None,
         "unfinished": [s for s in _STAGES if stages.get(s, {}).get("state") != "done"],
-        "metrics": metrics,
+        "improve": run.meta["command"] == "improve",
+        "asked": metrics.get("prompts", metrics.get("questions", 0)) if metrics else 0,
+        "samples": _samples(metrics) if metrics else 0,
+        "ranked": ranked,
         "groups": list(measured_rows(metrics)) if metrics else [],
         "baselines": _baselines(metrics) if metrics else [],
-        "log2_contexts": math.log2(metrics["contexts"]) if metrics else None,
+        "most_bits": math.log2(ranked),
         "quality": quality,
-        "plots": _plots(quality, train.get("history", []), answers, metrics),
+        "plots": _plots(quality, train.get("history", []), answers, ranked),
         "answers": [
             (title, shown)
             for condition, mode, title in _CONDITIONS
@@ -138,31 +143,46 @@ def mark_differences(before: str, after: str) -> tuple[Parts, Parts]:
 
 
 def _plots(
-    quality: Any, history: list[dict[str, float]], answers: list[dict[str, Any]], metrics: Any
+    quality: Any, history: list[dict[str, float]], answers: list[dict[str, Any]], ranked: int
 ) -> dict[str, str]:
     found = {}
     if quality is not None:
         found["pairs"] = plots.pair_plot(quality.pmi_chosen, quality.pmi_rejected)
     if history:
         found["training"] = plots.training_plot(history)
-    if metrics is not None:
-        before, after = (_measured(answers, model, "bits") for model in ("before", "after"))
-        if before and after:
-            found["bits"] = plots.bits_plot(before, after, metrics["contexts"])
-        before, after = (_measured(answers, model, "length") for model in ("before", "after"))
-        if before and after:
-            found["length"] = plots.length_plot(before, after)
+    before, after = (_measured(answers, model, "bits") for model in ("before", "after"))
+    if before and after:
+        found["bits"] = plots.bits_plot(before, after, ranked)
+    before, after = (_measured(answers, model, "length") for model in ("before", "after"))
+    if before and after:
+        found["length"] = plots.length_plot(before, after)
     return found
 
 
 def _measured(answers: list[dict[str, Any]], model: str, name: str) -> list[float]:
-    """One measure of the sampled answers with the user's page."""
+    """One measure of the sampled answers: with the user's page, or to the held-out questions."""
     return [
         row["measures"][name]
         for row in answers
-        if (row["model"], row["mode"], row["condition"]) == (model, "sampled", "with_context")
+        if (row["model"], row["mode"]) == (model, "sampled")
+        and row["condition"] in ("with_context", "question")
         and row["measures"].get(name) is not None
     ]
+
+
+def _answers(run: Run) -> list[dict[str, Any]]:
+    """evaluation.jsonl; those of an improve run name their question by its id only."""
+    questions = {row["id"]: row["text"] for row in read_jsonl(run / "problems.jsonl")}
+    return [
+        row
+        if "condition" in row
+        else row | {"condition": "question", "prompt": questions[row["prompt_id"]]}
+        for row in read_jsonl(run / "evaluation.jsonl")
+    ]
+
+
+def _samples(metrics: dict[str, Any]) -> int:
+    return int(metrics.get("samples_per_prompt", metrics.get("samples_per_question", 0)))
 
 
 def _baselines(metrics: dict[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:

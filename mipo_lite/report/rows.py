@@ -57,6 +57,20 @@ GROUPS: tuple[tuple[str, tuple[Row, ...]], ...] = (
         ),
     ),
     (
+        "Answers to held-out questions",
+        (
+            Row(("question", "sampled", "exact_match"), "are right", "%", 1),
+            Row(("question", "greedy", "exact_match"), "the same, greedy", "%", 1),
+            Row(("question", "majority", "exact_match"), "the same, by majority", "%", 1),
+            Row(("question", "sampled", "bits"), "I(y; x), bound", "bits", 1),
+            Row(("question", "sampled", "own_bits"), "the same, by its own score", "bits", 1),
+            Row(("question", "sampled", "pmi"), "PMI against other questions", "nats", 1),
+            Row(("question", "sampled", "length"), "length", "tokens", 0),
+            Row(("question", "sampled", "distinct_2"), "variety (distinct-2)", "%", 1),
+            Row(("question", "sampled", "ended"), "come to an end", "%", 1),
+        ),
+    ),
+    (
         "Side effects",
         (
             Row((*_WITH, "length"), "length", "tokens", 0),

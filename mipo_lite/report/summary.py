@@ -58,9 +58,10 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 
 def _table(metrics: dict[str, Any]) -> Table:
-    answers = metrics["prompts"] * metrics["samples_per_prompt"]
+    prompts = metrics.get("prompts", metrics.get("questions", 0))
+    each = metrics.get("samples_per_prompt", metrics.get("samples_per_question", 0))
     table = Table(
-        title=f"Held-out prompts: {metrics['prompts']}, sampled answers: {answers}",
+        title=f"Held-out prompts: {prompts}, sampled answers: {prompts * each}",
         title_justify="left",
     )
     table.add_column("")
