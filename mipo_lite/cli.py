@@ -343,7 +343,7 @@ def recipes(
         return
     for known in recipe_names():
         first = recipe_text(known).splitlines()[0].lstrip("# ")
-        console.print(f"[bold]{known:<12}[/] {first}")
+        console.print(f"[bold]{known:<16}[/] {first}")
 
 
 def main() -> None:

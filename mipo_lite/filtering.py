@@ -45,7 +45,8 @@ def score_pairs(
             for response in ("chosen_ids", "rejected_ids")
             for prompt in ("prompt_ids", "without_ids")
         ]
-        sums = [float(tokens.double().sum()) for tokens in response_logprobs(base.model, rows)]
+        logprobs = response_logprobs(base.model, rows, max_tokens=recipe.scoring_tokens)
+        sums = [float(tokens.double().sum()) for tokens in logprobs]
         append_jsonl(
             path, [_row(pair, sums[4 * i : 4 * i + 4], recipe) for i, pair in enumerate(chunk)]
         )

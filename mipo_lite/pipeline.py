@@ -260,7 +260,7 @@ STAGES = (
         ),
         ("pairs.jsonl",),
     ),
-    Stage("scores", _score_pairs, ("min_contrast",), ("scores.jsonl",)),
+    Stage("scores", _score_pairs, ("min_contrast", "scoring_tokens"), ("scores.jsonl",)),
     Stage(
         "train",
         _train,
@@ -274,6 +274,8 @@ STAGES = (
             "micro_batch",
             "lora_rank",
             "lora_alpha",
+            "optimizer",
+            "activation_offload",
             "gradient_checkpointing",
             "prefix_sharing",
             "held_out",

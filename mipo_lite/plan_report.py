@@ -138,7 +138,10 @@ def _candidates(choice: Choice, device: Device) -> Table:
     table = Table(title=f"Bases on {gib(device.budget)}", title_justify="left")
     for column in ("base", "needs", "largest context", "licence", ""):
         table.add_column(
-            column, justify="right" if column in ("needs", "largest context") else "left"
+            column,
+            justify="right" if column in ("needs", "largest context") else "left",
+            no_wrap=column == "base",
+            overflow="fold",
         )
     for known, planned, verdict in choice.candidates:
         chosen = known.name == choice.name

@@ -66,6 +66,7 @@ class Recipe(BaseModel):
     min_contrast: float = Field(
         0.5, ge=0, description="drop pairs whose PMI(chosen) - PMI(rejected) is within this, nats"
     )
+    scoring_tokens: int = Field(8192, ge=256, description="tokens scored at once")
 
     loss: str = Field("sigmoid", description="a loss_type of TRL's DPOConfig")
     beta: float = Field(0.1, gt=0, description="DPO's beta")
@@ -76,6 +77,12 @@ class Recipe(BaseModel):
     micro_batch: int = Field(4, ge=1, description="pairs per forward pass")
     lora_rank: int = Field(16, ge=1, description="r, on all linear layers")
     lora_alpha: int = Field(32, ge=1, description="scale of the adapter is alpha / r")
+    optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw_torch", description="its state takes 8, 2 or (paged) no bytes a parameter on the GPU"
+    )
+    activation_offload: bool = Field(
+        False, description="layer inputs go to main memory; with gradient_checkpointing"
+    )
     gradient_checkpointing: bool = Field(True, description="less memory, about a third slower")
     prefix_sharing: bool = Field(True, description="compute shared prompt prefixes once")
     held_out: float = Field(0.1, gt=0, lt=0.5, description="share of pairs kept for early stopping")

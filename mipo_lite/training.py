@@ -220,6 +220,8 @@ def _arguments(recipe: Recipe, checkpoints: Path, rows: int, base: Base) -> DPOC
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
+        optim=recipe.optimizer,
+        activation_offloading=recipe.activation_offload,
         gradient_checkpointing=recipe.gradient_checkpointing,
         max_length=None,
         bf16=bf16,
