@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from mipo_lite.errors import UserError
-from mipo_lite.gguf import export
+from mipo_lite.gguf import export, vocabulary
 from mipo_lite.gguf.llama import encode, is_end, open_gguf
 from mipo_lite.gguf.proof import HARD_STRINGS, prove_tokenizer, random_strings
 from mipo_lite.gguf.vocabulary import Vocabulary, end_of_turn, read_vocabulary
@@ -29,10 +29,10 @@ MISTRAL = (
 BUILTIN = Path(__file__).parents[1] / "mipo_lite/builtin/model"
 
 
-def vocabulary_file(path: Path, vocabulary: Vocabulary) -> Path:
+def vocabulary_file(path: Path, content: Vocabulary) -> Path:
     """A GGUF with a vocabulary and no tensors."""
     writer = gguf.GGUFWriter(path, "llama")
-    vocabulary.write(writer)
+    content.write(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -53,21 +53,21 @@ def prompts() -> list[str]:
 
 
 def prove(tokenizer: Any, path: Path, strings: list[str] | None = None) -> Vocabulary:
-    vocabulary = read_vocabulary(tokenizer, len(tokenizer) + 7)
-    vocabulary_file(path, vocabulary)
+    made = read_vocabulary(tokenizer, len(tokenizer) + 7)
+    vocabulary_file(path, made)
     if strings is None:
         strings = [*HARD_STRINGS, *random_strings(2000, seed=1), *prompts()]
-    prove_tokenizer(path, tokenizer, vocabulary, strings)
-    return vocabulary
+    prove_tokenizer(path, tokenizer, made, strings)
+    return made
 
 
 @pytest.mark.parametrize(("name", "pre"), [("qwen2.5", "qwen2"), ("smollm2", "smollm")])
 def test_real_tokenizers(name: str, pre: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared("tokenizers") / name)
-    vocabulary = prove(tokenizer, tmp_path / "v.gguf")
-    assert vocabulary.pre == pre
-    assert vocabulary.tokens[-1] == f"[PAD{len(tokenizer) + 6}]"
-    assert vocabulary.types[-1] == gguf.TokenType.UNUSED
+    found = prove(tokenizer, tmp_path / "v.gguf")
+    assert found.pre == pre
+    assert found.tokens[-1] == f"[PAD{len(tokenizer) + 6}]"
+    assert found.types[-1] == gguf.TokenType.UNUSED
 
 
 def test_as_llama_cpp_itself_holds_it(tmp_path: Path) -> None:
@@ -94,6 +94,7 @@ def test_builtin_tokenizer(tmp_path: Path) -> None:
         (QWEN2_SPLIT, False, "qwen2"),
         (LLAMA3_SPLIT, True, "llama-bpe"),
         (LLAMA3_SPLIT, False, "smaug-bpe"),
+        (vocabulary._TEKKEN, True, "tekken"),
     ],
 )
 def test_splits(split: str, ignore_merges: bool, pre: str, tmp_path: Path) -> None:
@@ -129,11 +130,11 @@ def test_normalizer_is_applied_by_encode(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     apart = unicodedata.normalize("NFD", "é")
-    vocabulary = prove(tokenizer, tmp_path / "v.gguf", [apart])
-    assert vocabulary.normalizer == "NFC"
-    path = vocabulary_file(tmp_path / "without.gguf", replace(vocabulary, normalizer=None))
+    found = prove(tokenizer, tmp_path / "v.gguf", [apart])
+    assert found.normalizer == "NFC"
+    path = vocabulary_file(tmp_path / "without.gguf", replace(found, normalizer=None))
     with pytest.raises(UserError, match=r"llama\.cpp would encode"):
-        prove_tokenizer(path, tokenizer, vocabulary, [apart])
+        prove_tokenizer(path, tokenizer, found, [apart])
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +179,10 @@ def test_sentencepiece_of_llama_2(pieces: Any, template: str | None, tmp_path: P
     tokenizer = LlamaTokenizer(
         vocab=vocab, merges=merges, legacy=True, add_bos_token=True, chat_template=template
     )
-    vocabulary = prove(tokenizer, tmp_path / "v.gguf", [*STRINGS, *prompts()])
-    assert (vocabulary.model, vocabulary.pre) == ("llama", "default")
-    assert vocabulary.add_space_prefix
-    assert vocabulary.add_bos
+    found = prove(tokenizer, tmp_path / "v.gguf", [*STRINGS, *prompts()])
+    assert (found.model, found.pre) == ("llama", "default")
+    assert found.add_space_prefix
+    assert found.add_bos
     with open_gguf(tmp_path / "v.gguf", vocab_only=True) as llama:
         for text in (*HARD_STRINGS, *prompts()):  # a third opinion: sentencepiece itself
             assert encode(llama, text) == pieces.encode(text)
@@ -204,8 +205,8 @@ def test_sentencepiece_of_new_mistral(pieces: Any, tmp_path: Path) -> None:
     """The space that opens a text only: llama.cpp can not say it, a chat does not need it."""
     vocab, merges = vocab_and_merges(pieces)
     tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=False, chat_template=MISTRAL)
-    vocabulary = prove(tokenizer, tmp_path / "v.gguf", STRINGS)
-    assert (vocabulary.add_space_prefix, vocabulary.plain) == (False, "none")
+    found = prove(tokenizer, tmp_path / "v.gguf", STRINGS)
+    assert (found.add_space_prefix, found.plain) == (False, "none")
 
 
 def test_sentencepiece_of_gemma(pieces: Any, tmp_path: Path) -> None:
@@ -223,9 +224,9 @@ def test_sentencepiece_of_gemma(pieces: Any, tmp_path: Path) -> None:
         extra_special_tokens=["<end_of_turn>"],
         chat_template=CHATML.replace("<|im_end|>", "<end_of_turn>"),
     )
-    vocabulary = prove(tokenizer, tmp_path / "v.gguf", STRINGS)
-    assert not vocabulary.add_space_prefix
-    assert vocabulary.special["eot"] == tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    found = prove(tokenizer, tmp_path / "v.gguf", STRINGS)
+    assert not found.add_space_prefix
+    assert found.special["eot"] == tokenizer.convert_tokens_to_ids("<end_of_turn>")
 
 
 def test_end_tokens(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from .deliver import export_model, imatrix_effect
 from .imatrix import importance_matrix
 from .lora import export_lora
 from .modelfile import start_lines
-from .verify import check_exports, load_model, merge_fidelity
+from .verify import check_exports, gguf_answers, load_model, merge_fidelity
 
 __all__ = [
     "check_exports",
     "export_lora",
     "export_model",
+    "gguf_answers",
     "imatrix_effect",
     "importance_matrix",
     "load_model",

@@ -106,6 +106,7 @@ def imatrix_effect(
     rows: Sequence[Row],
     *,
     adapter_dir: Path | str | None = None,
+    onto: Onto = "full",
     work_dir: Path | str | None = None,
 ) -> dict[str, float | None]:
     """Mean KL in nats to the F16 file of a quantization without and with an importance matrix.
@@ -113,7 +114,8 @@ def imatrix_effect(
     Args:
         kind: a key of `quantize.KINDS`.
         rows: (prompt ids, response ids) to measure on.
-        work_dir: where three temporary files are written.
+        adapter_dir, onto: as `export_model`.
+        work_dir: where two temporary files are written.
 
     Returns:
         {"without": ..., "with": ...}; without is None for types that need the matrix.
@@ -121,7 +123,7 @@ def imatrix_effect(
     rows = cap_rows(rows, load_config(Path(model_dir)).vocab_size)
     with TemporaryDirectory(dir=work_dir) as work:
         source = Path(work) / "f16.gguf"
-        export(model_dir, source, adapter_dir=adapter_dir)
+        export(model_dir, source, adapter_dir=adapter_dir, onto=onto)
         reference = list(gguf_distributions(source, rows))
 
         def mean_kl(matrix: Imatrix | None) -> float:

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from ..checkpoint import DTYPES, Checkpoint
 from ..contexts import Messages, encode_prompt
+from ..merging import MergedCheckpoint, Onto
+from ..sampling import Sample
 from .llama import Reader, encode, is_end, open_gguf
 from .template import ChatTemplate
 from .vocabulary import load_tokenizer
@@ -104,7 +106,11 @@ def agreement(reference: Distributions, other: Iterator[NDArray[np.float32]]) ->
 
 
 def load_model(
-    model_dir: Path | str, adapter_dir: Path | str | None = None, *, device: str = "cpu"
+    model_dir: Path | str,
+    adapter_dir: Path | str | None = None,
+    *,
+    onto: Onto = "full",
+    device: str = "cpu",
 ) -> Any:
     """The model in torch, merged with the adapter: in float32 where half of the memory holds it."""
     from transformers import AutoModelForCausalLM
@@ -115,9 +121,10 @@ def load_model(
     dtype = torch.float32 if roomy else "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, use_safetensors=True)
     if adapter_dir is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter_dir)).merge_and_unload()
+        # Not by PEFT: it would merge in float32, and the file holds 16 bits.
+        merged = MergedCheckpoint(model_dir, adapter_dir, onto)
+        for name in filter(merged.changes, merged.entries):
+            model.get_parameter(name).data.copy_(merged.read(name))
     return model.to(device).eval()
 
 
@@ -128,16 +135,18 @@ def check_exports(
     responses: Sequence[list[int]],
     *,
     adapter_dir: Path | str | None = None,
+    onto: Onto = "full",
 ) -> list[dict[str, Any]]:
     """`self_check` of every file against `model_dir` (with `adapter_dir`), loaded once and freed.
 
     Args:
+        adapter_dir, onto: as the files were exported.
         chats: held-out prompts with the user's context, as messages.
         responses: token ids of an answer of the model to each.
     """
     tokenizer = load_tokenizer(model_dir)
     rows = check_rows(tokenizer, chats, responses)
-    reference = torch_distributions(load_model(model_dir, adapter_dir), rows)
+    reference = torch_distributions(load_model(model_dir, adapter_dir, onto=onto), rows)
     return [self_check(file, tokenizer, chats, rows, reference) for file in files]
 
 
@@ -168,17 +177,42 @@ def self_check(
     result: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
     result |= agreement(reference, gguf_distributions(path, rows))
     prompts = [encode_prompt(tokenizer, chat) for chat in chats]
-    longest = max(map(len, prompts)) + max_new_tokens
-    with open_gguf(path, n_ctx=longest) as llama:
+    with open_gguf(path, n_ctx=max(map(len, prompts))) as llama:
         template = ChatTemplate(llama)
         rendered = [template.apply_chat_template(chat, answer=True) for chat in chats]
         result["template_equal"] = [encode(llama, text) for text in rendered] == prompts
-        ended = 0
-        for prompt in prompts[:8]:
-            answer = llama.generate(prompt, temp=0.0, repeat_penalty=1.0)
-            tokens = (token for _, token in zip(range(max_new_tokens), answer, strict=False))
-            ended += any(is_end(llama, token) for token in tokens)
-    return result | {"answers": min(8, len(prompts)), "ended": ended}
+    answers = gguf_answers(path, prompts[:8], max_new_tokens=max_new_tokens, temperature=0.0)
+    return result | {"answers": len(answers), "ended": sum(a.ended for a in answers)}
+
+
+def gguf_answers(
+    path: Path | str,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[Sample]:
+    """Answers of a GGUF file in llama.cpp, as `sampling.sample` gives them.
+
+    Args:
+        temperature: 0 is greedy.
+        seed: of the first prompt; each further one takes the next.
+    """
+    samples = []
+    with open_gguf(path, n_ctx=max(map(len, prompts)) + max_new_tokens) as llama:
+        for number, prompt in enumerate(prompts):
+            llama.set_seed(seed + number)
+            stream = llama.generate(
+                prompt, temp=temperature, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0
+            )
+            tokens: list[int] = []
+            for token in stream:
+                tokens.append(token)
+                if is_end(llama, token) or len(tokens) == max_new_tokens:
+                    break
+            samples.append(Sample(tokens, is_end(llama, tokens[-1])))
+    return samples
 
 
 def check_rows(
