@@ -10,14 +10,15 @@ import codecs
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
-
-from llama_cpp import Llama
+from typing import TYPE_CHECKING, TextIO
 
 from .contexts import Messages, build_messages, has_system_role
 from .errors import UserError
 from .gguf.llama import encode, is_end, open_gguf
 from .gguf.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 LEAVE = ("/exit", "/quit")
 ROOM = 256  # tokens of the window that are kept free for an answer

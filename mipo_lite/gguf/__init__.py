@@ -4,13 +4,19 @@
 modules of their own: `export.export` writes one file, `quantize.quantize` makes a smaller one of
 it, `imatrix` measures what matters, `verify` compares with torch. Every file is read back by
 llama.cpp before it gets its name.
+
+Names are resolved when they are used: a chat needs llama.cpp but not torch.
 """
 
-from .deliver import export_model, imatrix_effect
-from .imatrix import importance_matrix
-from .lora import export_lora
-from .modelfile import start_lines
-from .verify import check_exports, gguf_answers, load_model, merge_fidelity
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .deliver import export_model, imatrix_effect
+    from .imatrix import importance_matrix
+    from .lora import export_lora
+    from .modelfile import start_lines
+    from .verify import check_exports, gguf_answers, load_model, merge_fidelity
 
 __all__ = [
     "check_exports",
@@ -23,3 +29,21 @@ __all__ = [
     "merge_fidelity",
     "start_lines",
 ]
+
+_MODULES = {
+    "check_exports": "verify",
+    "export_lora": "lora",
+    "export_model": "deliver",
+    "gguf_answers": "verify",
+    "imatrix_effect": "deliver",
+    "importance_matrix": "imatrix",
+    "load_model": "verify",
+    "merge_fidelity": "verify",
+    "start_lines": "modelfile",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
