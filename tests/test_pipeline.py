@@ -12,10 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
 
 from mipo_lite import pipeline
+from mipo_lite.base import BUILTIN
 from mipo_lite.errors import UserError
 from mipo_lite.flow import fingerprints
+from mipo_lite.gguf.verify import (
+    agreement,
+    gguf_distributions,
+    load_model,
+    torch_distributions,
+)
 from mipo_lite.run import Run, read_json, read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +36,9 @@ SMALL = (
     "epochs=2",
     "batch_size=4",
     "micro_batch=4",
-    "eval_prompts=4",
-    "eval_samples=1",
-    "quants=[q4_k_m]",
+    "eval_prompts=18",
+    "eval_samples=2",
+    "quants=[q4_k_m, f16]",
 )
 
 
@@ -208,3 +216,53 @@ def test_metrics_have_before_after_and_intervals(finished) -> None:
     pmi = metrics["with_context"]["sampled"]["pmi"]
     assert pmi["low"] <= pmi["difference"] <= pmi["high"]
     assert pmi["difference"] == pytest.approx(pmi["after"] - pmi["before"], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def held_out(finished, builtin_base) -> list[tuple[list[int], list[int]]]:
+    """50 held-out (prompt ids, response ids) of the trained model, with the user's page."""
+    run, _ = finished
+    page = read_json(run / "context.json")["text"]
+    rows = [
+        (builtin_base.encode(row["prompt"], page), row["token_ids"])
+        for row in read_jsonl(run / "evaluation.jsonl")
+        if (row["model"], row["condition"]) == ("after", "with_context")
+    ]
+    assert len(rows) >= 50
+    return rows[:50]
+
+
+def test_the_merged_model_is_the_base_with_the_adapter(finished, held_out) -> None:
+    run, _ = finished
+    applied = PeftModel.from_pretrained(load_model(BUILTIN), str(run / "adapter"))
+    found = agreement(
+        torch_distributions(applied, held_out),
+        iter(torch_distributions(load_model(run / "merged"), held_out)),
+    )
+    assert found["mean_kl"] < 1e-3
+    assert found["greedy_agreement"] >= 0.99
+
+
+def test_f16_in_llama_cpp_is_the_merged_model_in_torch(finished, held_out) -> None:
+    run, _ = finished
+    found = agreement(
+        torch_distributions(load_model(run / "merged"), held_out),
+        gguf_distributions(run / "gguf" / "whole-F16.gguf", held_out),
+    )
+    assert found["greedy_agreement"] >= 0.99
+
+
+def test_the_export_was_checked_and_the_result_kept(finished) -> None:
+    run, output = finished
+    checks = read_json(run / "metrics.json")["export"]
+    assert [check["file"] for check in checks] == ["whole-Q4_K_M.gguf", "whole-F16.gguf"]
+    assert all(check["template_equal"] for check in checks)
+    assert all(check["ended"] == check["answers"] for check in checks)
+    assert "whole-Q4_K_M.gguf: same next token as in torch" in output
+
+
+def test_chat_answers_through_llama_cpp(finished) -> None:
+    run, _ = finished
+    said = ["chat", str(run), "--message", "What is my name?", "--temperature", "0"]
+    answer = finish([sys.executable, "-m", "mipo_lite", *said])
+    assert 0 < len(answer.split()) < 40
