@@ -77,31 +77,40 @@ def run_bench(
 
 
 def measure_training(settings: Any, directory: Path) -> dict[str, dict[str, Any]]:
-    """Medians over `repeats` batches, each trained once in every way, in alternating order."""
-    from .bench_training import WAYS, Seconds, Way, make_pairs
+    """Medians over `repeats` batches, each trained once in every way, in alternating order.
 
-    times: dict[str, list[dict[str, Seconds]]] = {name: [] for name in WAYS}
+    The reference pass of all batches comes first and is shared out evenly among them.
+    """
+    from .bench_training import WAYS, Seconds, Way, make_batches
+
+    steps: dict[str, list[Seconds]] = {name: [] for name in WAYS}
+    reference: dict[str, Seconds] = {}
     with tempfile.TemporaryDirectory() as output:
         ways = [Way(name, settings, directory, Path(output)) for name in WAYS]
-        pairs = make_pairs(settings, ways[0].vocab_size, settings.repeats + 1)
-        for repeat in range(settings.repeats + 1):
-            batch = pairs[repeat * settings.batch :][: settings.batch]
+        warm_up, *batches = make_batches(settings, ways[0].vocab_size, settings.repeats + 1)
+        batches_of = {}
+        for way in ways:
+            way.step(way.with_reference([warm_up])[0])
+            begin = Seconds.now()
+            batches_of[way.name] = way.with_reference(batches)
+            reference[way.name] = Seconds.now() - begin
+        for repeat in range(settings.repeats):
             for way in ways if repeat % 2 else ways[::-1]:
-                taken = way.step(batch)
-                if repeat:  # the first batch warms up
-                    times[way.name].append(taken)
+                steps[way.name].append(way.step(batches_of[way.name][repeat]))
         stats = ways[-1].sharing.stats  # type: ignore[union-attr]
     tokens = settings.row_tokens * 2 * settings.batch
     results = {}
-    for name, measured in times.items():
-        whole = [taken["step"] + taken["reference"] for taken in measured]
+    for name in WAYS:
+        step = median(taken.clock for taken in steps[name])
+        per_batch = reference[name].clock / settings.repeats if name != "trl" else 0.0
+        processor = median(taken.processor for taken in steps[name])
         results[name] = {
-            "tokens_computed_per_batch": round(tokens / stats.ratio) if name == "ours" else tokens,
-            "seconds_per_step": median(taken["step"].clock for taken in measured),
-            "reference_seconds_per_batch": median(taken["reference"].clock for taken in measured),
-            "pairs_per_second": settings.batch / median(taken.clock for taken in whole),
-            "processor_seconds": median(taken.processor for taken in whole),
-            "measured": [{part: asdict(t) for part, t in taken.items()} for taken in measured],
+            "tokens_computed_per_step": round(tokens / stats.ratio) if name == "ours" else tokens,
+            "seconds_per_step": step,
+            "reference_seconds_per_batch": per_batch,
+            "pairs_per_second": settings.batch / (step + per_batch),
+            "processor_seconds": processor + reference[name].processor / settings.repeats,
+            "steps": [asdict(taken) for taken in steps[name]],
         }
     return results
 
@@ -110,13 +119,13 @@ def measure_sampling(settings: Any, directory: Path) -> dict[str, dict[str, floa
     """Tokens per second of `sample` and of plain `generate`, when no row ends early."""
     import torch
 
-    from .bench_training import Settings, load, make_pairs
+    from .bench_training import Settings, load, make_batches
     from .sampling import SampleRequest, sample
 
     base = load(directory)
     rows, new = settings.sampling_rows, settings.sampling_tokens
     one_batch = Settings(context_tokens=settings.context_tokens, batch=rows)
-    pairs = make_pairs(one_batch, base.model.config.vocab_size, 1)
+    [pairs] = make_batches(one_batch, base.model.config.vocab_size, 1)
     requests = [SampleRequest(pair["prompt_ids"], seed) for seed, pair in enumerate(pairs)]
     ids = torch.tensor([r.prompt_ids for r in requests], device=base.model.device)
     never = -1
@@ -166,7 +175,7 @@ def _memory_of(request: dict[str, Any]) -> int:
     import torch
     import trl  # noqa: F401  its import is part of the idle process
 
-    from .bench_training import Settings, Way, make_pairs
+    from .bench_training import Settings, Way, make_batches
 
     settings = Settings(**request["settings"])
     idle = _peak_memory()
@@ -175,7 +184,8 @@ def _memory_of(request: dict[str, Any]) -> int:
         torch.cuda.set_per_process_memory_fraction(request["limit_gb"] * 2**30 / whole)
     with tempfile.TemporaryDirectory() as output:
         way = Way(request["way"], settings, Path(request["directory"]), Path(output))
-        way.step(make_pairs(settings, way.vocab_size, 1))
+        [batch] = way.with_reference(make_batches(settings, way.vocab_size, 1))
+        way.step(batch)
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return _peak_memory() - idle
@@ -225,7 +235,7 @@ def _print(result: dict[str, Any]) -> None:
     for name, row in result["training"].items():
         table.add_row(
             name,
-            f"{row['tokens_computed_per_batch']:,}",
+            f"{row['tokens_computed_per_step']:,}",
             f"{row['seconds_per_step']:.2f}",
             f"{row['reference_seconds_per_batch']:.2f}",
             f"{row['pairs_per_second']:.3f}",

@@ -20,6 +20,10 @@ from typing import Any
 
 import torch
 
+from .label_head import label_positions_only
+from .prefix_sharing import install
+from .scoring import score_matrix
+
 WAYS = ("trl", "trl_precomputed", "ours")
 PROMPT_TOKENS = 24  # the request after the context; each pair has its own
 
@@ -85,29 +89,29 @@ class Seconds:
             torch.cuda.synchronize()
         return cls(time.perf_counter(), time.process_time())
 
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(self.clock + other.clock, self.processor + other.processor)
-
     def __sub__(self, other: Seconds) -> Seconds:
         return Seconds(self.clock - other.clock, self.processor - other.processor)
 
 
-def make_pairs(settings: Settings, vocab_size: int, batches: int, seed: int = 0) -> list[dict]:
-    """`batches * batch` pairs of random token ids that all begin with the same context."""
+def make_batches(
+    settings: Settings, vocab_size: int, count: int, seed: int = 0
+) -> list[list[dict]]:
+    """`count` batches of pairs of random token ids that all begin with the same context."""
     rng = random.Random(seed)
 
     def tokens(n: int) -> list[int]:
         return [rng.randrange(16, vocab_size) for _ in range(n)]
 
     context = tokens(settings.context_tokens)
-    return [
-        {
+
+    def pair() -> dict:
+        return {
             "prompt_ids": context + tokens(PROMPT_TOKENS),
             "chosen_ids": tokens(settings.response_tokens),
             "rejected_ids": tokens(settings.response_tokens),
         }
-        for _ in range(batches * settings.batch)
-    ]
+
+    return [[pair() for _ in range(settings.batch)] for _ in range(count)]
 
 
 @contextmanager
@@ -157,9 +161,6 @@ class Way:
     """One way to train, ready to do single steps on its own copy of the base."""
 
     def __init__(self, name: str, settings: Settings, directory: Path, output: Path) -> None:
-        from .label_head import label_positions_only
-        from .prefix_sharing import install
-
         self.name = name
         base = load(directory)
         self.vocab_size = base.model.config.vocab_size
@@ -169,37 +170,61 @@ class Way:
             self.sharing = install(self.trainer.model)
             label_positions_only(self.trainer.model)
 
-    def step(self, pairs: list[dict]) -> dict[str, Seconds]:
-        """Time of the reference pass (zero where it is part of the step) and of the step."""
-        reference = Seconds()
-        if self.name != "trl":
-            begin = Seconds.now()
-            pairs = self._with_reference(pairs)
-            reference = Seconds.now() - begin
-        return {"reference": reference, "step": _train_step(self.trainer, pairs)}
+    def with_reference(self, batches: list[list[dict]]) -> list[list[dict]]:
+        """The batches with the reference log-probs of their pairs, as this way computes them.
 
-    def _with_reference(self, pairs: list[dict]) -> list[dict]:
+        `trl` leaves it to each step. `trl_precomputed` goes batch by batch, as TRL does. Ours
+        scores all pairs in shared passes, as a run does before it trains.
+        """
         model = self.trainer.model
-        if self.name == "ours":
-            from .scoring import score_matrix
-
+        if self.name == "trl":
+            return batches
+        if self.name == "trl_precomputed":
+            columns = []
+            for batch in batches:
+                inputs = self.trainer._prepare_inputs(self.trainer.data_collator(batch))
+                columns.append(self.trainer.compute_ref_log_probs(model, inputs))
+            chosen, rejected = (torch.cat(column) for column in zip(*columns, strict=True))
+        else:
+            pairs = [pair for batch in batches for pair in batch]
             prompts = [[pair["prompt_ids"]] for pair in pairs]
             responses = [pair[key] for key in ("chosen_ids", "rejected_ids") for pair in pairs]
             with model.disable_adapter():
                 chosen, rejected = score_matrix(model, prompts * 2, responses)[:, 0].chunk(2)
-        else:
-            batch = self.trainer._prepare_inputs(self.trainer.data_collator(pairs))
-            chosen, rejected = self.trainer.compute_ref_log_probs(model, batch)
+        reference = iter(zip(chosen.tolist(), rejected.tolist(), strict=True))
+        columns_of = ("ref_chosen_logps", "ref_rejected_logps")
         return [
-            {**pair, "ref_chosen_logps": float(c), "ref_rejected_logps": float(r)}
-            for pair, c, r in zip(pairs, chosen, rejected, strict=True)
+            [pair | dict(zip(columns_of, next(reference), strict=True)) for pair in batch]
+            for batch in batches
         ]
+
+    def step(self, batch: list[dict]) -> Seconds:
+        """Time of one optimizer step, from its forward pass to the update."""
+        from datasets import Dataset
+        from transformers import TrainerCallback
+
+        class Clock(TrainerCallback):
+            taken = Seconds()
+
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                self.begin = Seconds.now()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                self.taken = Seconds.now() - self.begin
+
+        clock = Clock()
+        self.trainer.train_dataset = Dataset.from_list(batch)
+        self.trainer.add_callback(clock)
+        self.trainer.train()
+        self.trainer.remove_callback(clock)
+        return clock.taken
 
 
 def _trainer(name: str, base: Any, settings: Settings, output: Path) -> Any:
     """LoRA r=8 on all linear layers; the same arguments in every way."""
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     from .training import MIPOTrainer
@@ -234,28 +259,7 @@ def _trainer(name: str, base: Any, settings: Settings, output: Path) -> Any:
         processing_class=base.tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     )
+    trainer.remove_callback(PrinterCallback)
     # Not through the arguments: that would look for a disk cache, keyed on a hash of the model.
     trainer.precompute_ref_logps = name != "trl"
     return trainer
-
-
-def _train_step(trainer: Any, pairs: list[dict]) -> Seconds:
-    """Time of one optimizer step, from its forward pass to the update."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        taken = Seconds()
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begin = Seconds.now()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.taken = Seconds.now() - self.begin
-
-    clock = Clock()
-    trainer.train_dataset = Dataset.from_list(pairs)
-    trainer.add_callback(clock)
-    trainer.train()
-    trainer.remove_callback(clock)
-    return clock.taken
