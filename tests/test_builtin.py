@@ -180,11 +180,15 @@ def test_wrong_fact():
 
 
 def test_learning_rate_rises_stays_and_falls():
-    settings = Settings(tokens=20_000_000, decay_tokens=5_000_000)
+    settings = Settings(tokens=20_000_000, second_tokens=0, decay_tokens=5_000_000)
     rates = [learning_rate(settings, done) for done in range(0, 20_000_001, 250_000)]
     assert rates[0] < 0.1 and rates[4] == 1.0 and rates[-1] == 0.0
     assert learning_rate(settings, 15_000_000) == 1.0
     assert learning_rate(settings, 17_500_000) == pytest.approx(0.5)
+    two = replace(settings, tokens=30_000_000, second_tokens=10_000_000, second_rate=0.4)
+    assert learning_rate(two, 17_500_000) == pytest.approx(0.5)
+    assert learning_rate(two, 25_000_000) == pytest.approx(0.2)
+    assert learning_rate(two, 30_100_000) == 0.0
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +222,7 @@ def test_token_weights_cover_the_answer(small_tokenizer):
 
 def test_training_learns_and_goes_on_after_a_stop(small_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("mipo_lite.builtin.train.CHUNK_TOKENS", 12_000)
-    settings = Settings(tokens=48_000, batch_tokens=1024, decay_tokens=24_000)
+    settings = Settings(tokens=48_000, second_tokens=0, batch_tokens=1024, decay_tokens=24_000)
     first = next(chunk(settings, small_tokenizer, 0, 0))
     again = next(chunk(settings, small_tokenizer, 0, 0))
     assert (first[0] == again[0]).all() and (first[1] == again[1]).all()

@@ -71,11 +71,14 @@ class Settings:
     """Of the training; tokens are those of the text, without padding."""
 
     seed: int = 0
-    tokens: int = 26_500_000
+    tokens: int = 36_000_000
+    second_tokens: int = 9_500_000  # of them in a second round, which begins anew at half the rate
+    second_rate: float = 0.5
     copying_tokens: int = 4_000_000  # of COPYING at the start
     freer_from: int = 12_152_256  # from here on profiles use freer phrasings too
-    natural_tokens: int = 8_000_000  # of NATURAL at the end
-    decay_tokens: int = 9_000_000  # over which the learning rate falls to zero, at the end
+    natural_tokens: int = 8_000_000  # of NATURAL at the end of the first round
+    second_natural_tokens: int = 3_500_000  # and of the second
+    decay_tokens: int = 9_000_000  # over which the learning rate falls to zero in the first round
     batch_tokens: int = 8192
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
@@ -117,9 +120,18 @@ def make_optimizers(model: torch.nn.Module, settings: Settings) -> list[torch.op
 
 
 def learning_rate(settings: Settings, done: int) -> float:
-    """Factor of the learning rates after `done` tokens: warm-up, constant, linear fall."""
-    fall = (settings.tokens - done) / settings.decay_tokens
-    return max(0.0, min(1.0, done / 500_000 + 0.02, fall))
+    """Factor of the learning rates after `done` tokens.
+
+    First round: warm-up, constant, linear fall; second round: short rise, linear fall.
+    """
+    first = settings.tokens - settings.second_tokens
+    if done >= first:
+        rise = 0.1 + (done - first) / 300_000
+        fall = settings.second_rate * (settings.tokens - done) / max(1, settings.second_tokens)
+    else:
+        rise = min(1.0, 0.02 + done / 500_000)
+        fall = (first - done) / settings.decay_tokens
+    return max(0.0, min(rise, fall))
 
 
 def mix_at(settings: Settings, rng: random.Random, done: int) -> Mix:
@@ -128,7 +140,13 @@ def mix_at(settings: Settings, rng: random.Random, done: int) -> Mix:
     if rng.random() < settings.long_share:
         mix = LONG
     else:
-        mix = READING if done < settings.tokens - settings.natural_tokens else NATURAL
+        first = settings.tokens - settings.second_tokens
+        end, natural = (
+            (first, settings.natural_tokens)
+            if done < first
+            else (settings.tokens, settings.second_natural_tokens)
+        )
+        mix = READING if done < end - natural else NATURAL
     return replace(mix, freer=done >= settings.freer_from)
 
 
