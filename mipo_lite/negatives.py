@@ -155,26 +155,23 @@ def plan_by_likelihood(
     return plans
 
 
-def answer_pmi(
-    answers: Sequence[Sequence[str | None]], smoothing: float = 0.5
-) -> list[dict[str, float]]:
-    """PMI of each question and each answer to it, log p(a | x) - log p(a), from counts, in nats.
+def answer_information(answers: Sequence[Sequence[str | None]]) -> list[dict[str, float]]:
+    """What each answer to a question adds to I(a; x): p(a | x) log [p(a | x) / p(a)], in nats.
 
-    p(a | x) is how often the samples of question x give the answer a, p(a) how often those of all
-    questions do; `smoothing` is added to the counts of p(a), so that an answer seen once in all
-    does not look certain. This marginalizes over how an answer was reached: the words of a
-    response that merely repeat the question carry none of it.
+    From counts: p(a | x) is how often the samples of question x give the answer a, p(a) how often
+    those of all questions do. This marginalizes over how an answer was reached: the words of a
+    response that merely repeat the question carry none of it. The logarithm alone, PMI, is no
+    guide: it is highest for slips that nobody else makes.
 
     Args:
         answers: [questions][samples]; None where a response gives no answer, which counts as a
-            sample but gets no PMI.
+            sample and adds nothing.
     """
     total = sum(map(len, answers))
     overall = Counter(answer for given in answers for answer in given if answer is not None)
-    unit = total + smoothing * len(overall)
     return [
         {
-            answer: math.log(count / len(given)) - math.log((overall[answer] + smoothing) / unit)
+            answer: count / len(given) * math.log(count / len(given) / (overall[answer] / total))
             for answer, count in Counter(a for a in given if a is not None).items()
         }
         for given in answers
@@ -183,22 +180,25 @@ def answer_pmi(
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """Two samples of one question, by their place among its samples, and their answers' PMI."""
+    """Two samples of one question, by their place among its samples.
+
+    Attributes:
+        contrast: how much more the chosen one's answer adds to I(a; x), nats.
+    """
 
     question: int
     chosen: int
     rejected: int
-    pmi_chosen: float
-    pmi_rejected: float
+    contrast: float
 
 
 def pair_answers(
     answers: Sequence[Sequence[str | None]], pairs: int, seed: int
 ) -> list[AnswerPair]:
-    """Contrast samples of the same question by the PMI between the question and their answers.
+    """Contrast samples of the same question by how much their answers say about it.
 
-    The chosen sample has the answer with the highest PMI, the rejected one another answer, or
-    none at all. A question whose samples all agree has no contrast and gives no pair. The pairs
+    The chosen sample has the answer that adds most to I(a; x), the rejected one another answer,
+    or none at all. A question whose samples all agree has no contrast and gives no pair. The pairs
     are spread over the questions; at most `pairs` are returned.
 
     Args:
@@ -206,19 +206,20 @@ def pair_answers(
     """
     rng = random.Random(f"answer pairs {seed}")
     by_question = []
-    for question, (given, pmi) in enumerate(zip(answers, answer_pmi(answers), strict=True)):
-        if not pmi:
+    for question, (given, added) in enumerate(
+        zip(answers, answer_information(answers), strict=True)
+    ):
+        if not added:
             continue
-        # Without an answer a response says nothing about the question: PMI 0.
-        value = [pmi[answer] if answer is not None else 0.0 for answer in given]
-        best = max(pmi, key=pmi.__getitem__)
+        value = [added[answer] if answer is not None else 0.0 for answer in given]
+        best = max(added, key=added.__getitem__)
         chosen = [i for i, answer in enumerate(given) if answer == best]
         rejected = [i for i, answer in enumerate(given) if answer != best]
         rng.shuffle(chosen)
         rng.shuffle(rejected)
         by_question.append(
             [
-                AnswerPair(question, one, other, value[one], value[other])
+                AnswerPair(question, one, other, value[one] - value[other])
                 for one, other in zip(chosen, rejected, strict=False)
             ]
         )
@@ -277,9 +278,9 @@ def answer_pair_rows(
 ) -> list[dict[str, Any]]:
     """Lines of pairs.jsonl from the samples of `sample_answers`, as `pair_answers` chooses them.
 
-    Beside what every pair has, a line holds `contrast`: PMI(chosen's answer) - PMI(rejected's),
-    in nats. The filter has to go by that: two responses that repeat the question and differ in
-    their answer alone carry nearly the same PMI as whole texts.
+    Beside what every pair has, a line holds `contrast`, how much more the chosen answer adds to
+    I(a; x), in nats. The filter has to go by that: two responses that repeat the question and
+    differ in their answer alone carry nearly the same PMI as whole texts.
 
     Raises UserError when fewer than two questions give a pair.
     """
@@ -312,7 +313,7 @@ def answer_pair_rows(
                 "chosen_ids": chosen,
                 "rejected_ids": rejected,
                 "without_ids": Condition(other.prompt).encode(base),
-                "contrast": round(pair.pmi_chosen - pair.pmi_rejected, 4),
+                "contrast": round(pair.contrast, 4),
                 "seed": recipe.seed,
             }
         )

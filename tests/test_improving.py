@@ -21,7 +21,7 @@ from mipo_lite.improving import answer, evaluate, held_out_questions, measure, s
 from mipo_lite.infonce import _logprobs, infonce_loss, train_infonce
 from mipo_lite.negatives import (
     NEGATIVES,
-    answer_pmi,
+    answer_information,
     choose_candidates,
     likelihoods,
     make_pairs,
@@ -129,15 +129,21 @@ def test_likelihoods_are_those_of_the_greedy_responses(builtin_base: Base) -> No
         torch.testing.assert_close(values.float(), torch.stack(slow), rtol=1e-3, atol=1e-2)
 
 
-def test_pmi_of_answers_by_hand() -> None:
+def test_information_of_answers_by_hand() -> None:
     answers = [["1", "1", "2", None], ["2", "2", "2", "2"]]
-    first, second = answer_pmi(answers, smoothing=0.0)
-    assert first == {
-        "1": pytest.approx(math.log(0.5 / (2 / 8))),
-        "2": pytest.approx(-0.91629, 1e-4),
-    }
+    first, second = answer_information(answers)
+    assert first["1"] == pytest.approx(2 / 4 * math.log((2 / 4) / (2 / 8)))
+    assert first["2"] == pytest.approx(1 / 4 * math.log((1 / 4) / (5 / 8)))
+    assert len(first) == 2
     assert second == {"2": pytest.approx(math.log(1 / (5 / 8)))}
-    assert answer_pmi([[None, None]]) == [{}]
+    assert answer_information([[None, None]]) == [{}]
+
+
+def test_a_slip_that_nobody_else_makes_is_not_chosen() -> None:
+    """PMI alone would choose it: log p(a | x) / p(a) is highest for the rarest answer."""
+    answers = [["7", "7", "7", "99"], ["3", "3", "7", "3"], ["4"] * 4, ["8"] * 4]
+    pairs = [pair for pair in pair_answers(answers, pairs=9, seed=0) if pair.question == 0]
+    assert [answers[0][pair.rejected] for pair in pairs] == ["99"]
 
 
 def test_answers_are_contrasted_within_a_question() -> None:
