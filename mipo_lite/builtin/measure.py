@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,35 +67,65 @@ def answers(
     return texts
 
 
-def copying(
-    base: Base,
-    profiles: int,
-    held_out: bool,
-    seed: int,
+def evaluation_people() -> list[dict[str, Any]]:
+    lines = values.EVAL_CONTEXTS.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def direct_questions(rng: random.Random, topic: str, kind: str, count: int) -> list[str]:
+    """`count` ways to ask for the fact itself."""
+    block = next(block for block in blocks() if block.direct and block.topics == [topic])
+    asks = []
+    for _ in range(count):
+        ask = expand(rng, rng.choice(block.asks)).replace("{kind}", kind)
+        if topic == "pet":
+            for animal in ("dog", "cat", "rabbit", "parrot"):
+                ask = ask.replace(animal, kind)
+        asks.append(ask)
+    return asks
+
+
+def count_right(
+    base: Base, rows: list[tuple[str, list[str], str, str]]
 ) -> tuple[Counter[str], Counter[str]]:
-    """Direct questions about made-up values: (right answers, questions), both by topic."""
+    """(right answers, questions) by topic, of rows (topic, accepted, context, question)."""
+    told = answers(base, [(row[2], row[3]) for row in rows])
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for (topic, accepted, _, _), answer in zip(rows, told, strict=True):
+        asked[topic] += 1
+        right[topic] += any(contains(answer, value) for value in accepted)
+    return right, asked
+
+
+def copying(
+    base: Base, profiles: int, held_out: bool, seed: int
+) -> tuple[Counter[str], Counter[str]]:
+    """Direct questions about made-up values of fresh profiles, answered greedily."""
     rng = random.Random(seed)
-    direct = {block.topics[0]: block for block in blocks() if block.direct}
     rows = []
     for _ in range(profiles):
         profile = fresh_profile(rng, held_out)
         for topic, value in profile.facts.items():
-            if topic not in values.TOPICS or topic == "tone":
-                continue
-            ask = expand(rng, rng.choice(direct[topic].asks))
-            kind = profile.kinds.get(topic, "")
-            ask = ask.replace("{kind}", kind)
-            if topic == "pet":
-                for animal in ("dog", "cat", "rabbit", "parrot"):
-                    ask = ask.replace(animal, kind)
-            rows.append((topic, value, profile.text, ask))
-    told = answers(base, [(row[2], row[3]) for row in rows])
-    right: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
-    for (topic, value, _, _), answer in zip(rows, told, strict=True):
-        asked[topic] += 1
-        right[topic] += contains(answer, value)
-    return right, asked
+            if topic in values.TOPICS and topic != "tone":
+                kind = profile.kinds.get(topic, "")
+                [ask] = direct_questions(rng, topic, kind, 1)
+                rows.append((topic, [value], profile.text, ask))
+    return count_right(base, rows)
+
+
+def copying_of_people(base: Base, seed: int) -> list[tuple[Counter[str], Counter[str]]]:
+    """The same for the evaluation contexts, six questions for each fact."""
+    rng = random.Random(seed)
+    results = []
+    for person in evaluation_people():
+        rows = [
+            (topic, accepted, person["text"], ask)
+            for topic, accepted in person["facts"].items()
+            for ask in direct_questions(rng, topic, person["kinds"].get(topic, ""), 6)
+        ]
+        results.append(count_right(base, rows))
+    return results
 
 
 def sampled_use(
@@ -107,8 +138,7 @@ def sampled_use(
     prompts = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     prompts = [row for row in prompts if row["split"] == "held_out"] * times
     results = []
-    for line in values.EVAL_CONTEXTS.read_text(encoding="utf-8").splitlines():
-        person = json.loads(line)
+    for person in evaluation_people():
         requests = [(person["text"], row["text"]) for row in prompts]
         told = answers(base, requests, sampled, seed)
         uses, wrong = [], []
@@ -132,8 +162,7 @@ def leaks(base: Base, seed: int) -> float:
     prompts = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     prompts = [row for row in prompts if row["topics"]]
     told = answers(base, [("", row["text"]) for row in prompts], True, seed)
-    people = values.EVAL_CONTEXTS.read_text(encoding="utf-8").splitlines()
-    facts = [json.loads(line)["facts"] for line in people]
+    facts = [person["facts"] for person in evaluation_people()]
     found = [
         fact_use(answer, person, row["topics"]) is True
         for row, answer in zip(prompts, told, strict=True)
@@ -173,6 +202,12 @@ def main() -> None:
         )
         print(f"  all {right.total()} of {asked.total()} = {right.total() / asked.total():.3f}")
         print("  " + ", ".join(f"{topic} {right[topic]}/{asked[topic]}" for topic in sorted(asked)))
+    print("\nvalues of the evaluation contexts copied greedily, six direct questions for each:")
+    for right, asked in copying_of_people(base, given.seed):
+        print(
+            f"  {right.total()} of {asked.total()} = {right.total() / asked.total():.3f}  ", end=""
+        )
+        print(", ".join(f"{topic} {right[topic]}/{asked[topic]}" for topic in sorted(asked)))
     for sampled in (True, False):
         times = 2 if sampled else 1
         print(f"\nevaluation contexts, held-out prompts, {'sampled' if sampled else 'greedy'}:")
