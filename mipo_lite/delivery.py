@@ -26,6 +26,7 @@ from .gguf import (
     merge_fidelity,
     start_lines,
 )
+from .gguf.export import OUTTYPES
 from .gguf.verify import check_rows
 from .merging import Onto, merge
 from .recipe import Recipe
@@ -78,11 +79,13 @@ def export_run(
     if lora:
         export_lora(base, adapter, out / f"{run.name}-lora.gguf")
     with console.status("Comparing the files with the model in torch"):
-        checks = check_exports(files, base, chats, responses, adapter_dir=adapter)
+        checks = check_exports(files, base, chats, responses, adapter_dir=adapter, onto=onto)
         if matrix is not None:
             for check, kind in zip(checks, quants, strict=True):
-                effect = imatrix_effect(base, kind.upper(), matrix, rows, adapter_dir=adapter)
-                check["imatrix"] = effect
+                if kind.lower() not in OUTTYPES:
+                    check["imatrix"] = imatrix_effect(
+                        base, kind.upper(), matrix, rows, adapter_dir=adapter, onto=onto
+                    )
     for check in checks:
         console.print(
             f"  {check['file']}: same next token as in torch at {check['greedy_agreement']:.1%} of "
@@ -91,6 +94,9 @@ def export_run(
             + ("" if check["template_equal"] else "; the chat template is rendered DIFFERENTLY"),
             soft_wrap=True,
         )
+        if "imatrix" in check:
+            kl = {key: f"{value:.2g}" for key, value in check["imatrix"].items() if value}
+            console.print(f"  its KL to F16, nats, without and with the importance matrix: {kl}")
     if (run / "metrics.json").is_file():
         metrics = read_json(run / "metrics.json")
         write_json(run / "metrics.json", metrics | {"export": checks})
