@@ -84,7 +84,8 @@ def evaluate(
     with policies(base, adapters) as use:
         with progress("Answering, before and after", total) as advance:
             answers = answer(base, use, models, questions, recipe, path, advance)
-        with progress("Measuring", len(answers)) as advance:
+        scored = sum(row["mode"] == "sampled" for row in answers)
+        with progress("Measuring", scored) as advance:
             measures = measure(base, use, user, questions, answers, pool, advance)
         text = neutral_text_nll(base, use, models)
     _write_measures(path, answers, measures)
