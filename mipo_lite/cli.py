@@ -14,6 +14,8 @@ import typer
 from .console import console, quiet_libraries
 from .errors import UserError
 
+INTERRUPTED = 130  # exit code, as a shell expects
+
 app = typer.Typer(
     name="mipo-lite",
     help="A language model that knows you, trained on your own machine from one page about you.",
@@ -361,9 +363,12 @@ def main() -> None:
     except UserError as error:
         _fail(error.what, error.fix, debug)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        # The library under the command line turns Ctrl-C into a silent exit.
+        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
+            raise
         _fail("Stopped.", "What was finished is kept: run the same command again to go on.", debug)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -128,9 +128,7 @@ def make_improve_run(path: Path) -> Run:
     run.meta["command"] = "improve"
     run.save()
     (run / "context.json").unlink()
-    append_jsonl(
-        run / "problems.jsonl", [{"id": f"q{i}", "question": f"{i} + 1?"} for i in range(3)]
-    )
+    append_jsonl(run / "problems.jsonl", [{"id": f"q{i}", "text": f"{i} + 1?"} for i in range(3)])
     (run / "evaluation.jsonl").unlink()
     append_jsonl(
         run / "evaluation.jsonl",

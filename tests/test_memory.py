@@ -197,7 +197,11 @@ def test_saved_for_the_backward_pass(nf4, monkeypatch, autocast):
     config, model = nf4
     dtype = torch.bfloat16 if autocast else torch.float32
     # As on CUDA, where PEFT leaves its inputs to autocast; it asks without naming the device.
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: autocast)
+    # (autocast itself asks too, and would leave itself on: it gets the truth.)
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda *device: asked(*device) if device else autocast
+    )
     model.get_base_model().enable_input_require_grads()
     sizes = (300, 2, 20, 2, 60)
     trie = build_trie(trie_rows(*sizes))

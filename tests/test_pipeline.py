@@ -207,7 +207,7 @@ def test_a_changed_setting_redoes_what_depends_on_it(finished, tmp_path: Path) -
         for stage, inputs in fingerprints(flow)
         if not flow.run.is_done(stage.name, inputs)
     ]
-    assert stale == ["train", "evaluate", "export", "report"]
+    assert stale == ["train", "baseline", "evaluate", "export", "report"]
 
 
 def test_metrics_have_before_after_and_intervals(finished) -> None:

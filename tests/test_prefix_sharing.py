@@ -80,8 +80,11 @@ def assert_same_both_ways(model, rows):
     torch.testing.assert_close(shared_logprobs, plain_logprobs, atol=1e-5, rtol=0)
     assert shared_grads.keys() == plain_grads.keys()
     assert any("lora_A" in name for name in plain_grads)
+    # A query that sees one key has no gradient at all: there rounding is measured by what flows
+    # through the model, not by that zero.
+    floor = 1e-2 * max(plain.norm() for plain in plain_grads.values())
     for name, plain in plain_grads.items():
-        scale = plain.norm().clamp(min=1e-3)
+        scale = torch.maximum(plain.norm(), floor).clamp(min=1e-3)
         assert (shared_grads[name] - plain).norm() / scale < 1e-4, name
 
 
