@@ -105,6 +105,8 @@ def page_content(run: Run) -> dict[str, Any]:
         "recipe": run.meta["recipe"],
         "versions": run.meta["versions"],
         "device": run.meta["device"],
+        "exports": metrics.get("export", []) if metrics else [],
+        "merges": metrics.get("merge", {}) if metrics else {},
         "files": [
             (name, what, _size(run / name)) for name, what in _FILES if (run / name).exists()
         ],
