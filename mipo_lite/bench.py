@@ -179,9 +179,6 @@ def _memory_of(request: dict[str, Any]) -> int:
 
     settings = Settings(**request["settings"])
     idle = _peak_memory()
-    if torch.cuda.is_available() and "limit_gb" in request:
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(request["limit_gb"] * 2**30 / whole)
     with tempfile.TemporaryDirectory() as output:
         way = Way(request["way"], settings, Path(request["directory"]), Path(output))
         [batch] = way.with_reference(make_batches(settings, way.vocab_size, 1))
