@@ -18,6 +18,7 @@ from mipo_lite.builtin.facts import contains, fact_use, wrong_fact
 from mipo_lite.builtin.measure import MODEL, answers, copying
 from mipo_lite.builtin.train import (
     LENGTHS,
+    Round,
     Settings,
     chunk,
     learning_rate,
@@ -180,12 +181,12 @@ def test_wrong_fact():
 
 
 def test_learning_rate_rises_stays_and_falls():
-    settings = Settings(tokens=20_000_000, second_tokens=0, decay_tokens=5_000_000)
-    rates = [learning_rate(settings, done) for done in range(0, 20_000_001, 250_000)]
+    one = Settings(rounds=(Round(20_000_000, natural=0, fall=5_000_000),))
+    rates = [learning_rate(one, done) for done in range(0, 20_000_001, 250_000)]
     assert rates[0] < 0.1 and rates[4] == 1.0 and rates[-1] == 0.0
-    assert learning_rate(settings, 15_000_000) == 1.0
-    assert learning_rate(settings, 17_500_000) == pytest.approx(0.5)
-    two = replace(settings, tokens=30_000_000, second_tokens=10_000_000, second_rate=0.4)
+    assert learning_rate(one, 15_000_000) == 1.0
+    assert learning_rate(one, 17_500_000) == pytest.approx(0.5)
+    two = replace(one, rounds=(*one.rounds, Round(10_000_000, 0, rate=0.4, fall=10_000_000)))
     assert learning_rate(two, 17_500_000) == pytest.approx(0.5)
     assert learning_rate(two, 25_000_000) == pytest.approx(0.2)
     assert learning_rate(two, 30_100_000) == 0.0
@@ -222,12 +223,13 @@ def test_token_weights_cover_the_answer(small_tokenizer):
 
 def test_training_learns_and_goes_on_after_a_stop(small_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("mipo_lite.builtin.train.CHUNK_TOKENS", 12_000)
-    settings = Settings(tokens=24_000, second_tokens=0, batch_tokens=512, decay_tokens=12_000)
+    settings = Settings(rounds=(Round(24_000, natural=0, fall=12_000),), batch_tokens=512)
     first = next(chunk(settings, small_tokenizer, 0, 0))
     again = next(chunk(settings, small_tokenizer, 0, 0))
     assert (first[0] == again[0]).all() and (first[1] == again[1]).all()
     assert first[0].shape[1] - 1 in LENGTHS
-    train(replace(settings, tokens=12_000), small_tokenizer, tmp_path, compiled=False)
+    half = replace(settings, rounds=(replace(settings.rounds[0], tokens=12_000),))
+    train(half, small_tokenizer, tmp_path, compiled=False)
     assert (tmp_path / "state.pt").exists()
     train(settings, small_tokenizer, tmp_path, compiled=False)
     assert (tmp_path / "model" / "model.safetensors").exists()

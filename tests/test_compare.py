@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from urllib.parse import urlencode, urlsplit
 
@@ -257,6 +259,16 @@ class Browser:
     def text(self, element: str) -> str:
         return self.call(f"/element/{element}/text")
 
+    def wait_for(self, selector: str, text: str) -> None:
+        """Until the page that a click leads to is there; the driver does not always wait."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with suppress(AssertionError):  # the element may go away between the two calls
+                if any(text in self.text(element) for element in self.find(selector)):
+                    return
+            time.sleep(0.05)
+        raise TimeoutError(f"{text!r} did not come up in {selector}")
+
     def click(self, element: str) -> None:
         self.call(f"/element/{element}/click", {})
 
@@ -273,13 +285,13 @@ def test_clicked_through_in_a_browser(run: Run, served, tmp_path) -> None:
     try:
         browser.call("/url", {"url": client.server.url})
         for number in range(1, 7):
-            assert f"{number} of 6" in browser.text(browser.find(".soft")[0])
+            browser.wait_for(".soft", f"{number} of 6")
             first, second, tie = browser.find("button")
             if number == 6:
                 browser.click(tie)
             else:
                 browser.click(first if "Quibbix" in browser.text(first) else second)
-        assert "Thank you" in browser.text(browser.find("h1")[0])
+        browser.wait_for("h1", "Thank you")
         assert "92% of 6 comparisons (5 won, 0 lost, 1 ties" in browser.text(browser.find("p")[0])
         assert browser.call("/se/log", {"type": "browser"}) == []
     finally:

@@ -545,21 +545,24 @@ def test_memory_of_half_a_billion_parameters(tmp_path: Path) -> None:
 
 
 def test_memory_is_a_tensor_not_the_model(tmp_path: Path) -> None:
-    """60 MB of weights in 4.2 MB tensors pass through less than half of that."""
+    """227 MB of weights in 4.2 MB tensors pass through less than a third of that.
+
+    Libraries and the allocator take up to 50 MB of their own, whatever the size of the model.
+    """
     path = qwen2(
         tmp_path / "model",
         torch.bfloat16,
         hidden_size=1024,
         intermediate_size=2048,
-        num_hidden_layers=4,
+        num_hidden_layers=12,
     )
     size = (path / "model.safetensors").stat().st_size
-    assert size > 55e6
+    assert size > 220e6
     lora = adapter(path, tmp_path / "lora")
     export(path, tmp_path / "warm.gguf")  # loads libraries
     with peak_above_start() as exporting:
         export(path, tmp_path / "f16.gguf", adapter_dir=lora)
     with peak_above_start() as merging:
         merge(path, lora, tmp_path / "merged")
-    assert exporting[0] < size / 2
-    assert merging[0] < size / 2
+    assert exporting[0] < size / 3
+    assert merging[0] < size / 3

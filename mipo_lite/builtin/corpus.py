@@ -20,8 +20,10 @@ from pathlib import Path
 
 from mipo_lite.builtin import more_phrasings, phrasings, values
 from mipo_lite.builtin.chats import Block, expand, load_blocks
+from mipo_lite.small_sums import small_sum
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+SUM_WEIGHT = 4.0  # loss weight of the results of sums
 LOWER_CASE = {"job", "hobby", "drink", "food", "diet", "color", "music", "tone"}
 
 
@@ -322,32 +324,10 @@ def _turn(
     return ask, text, []
 
 
-def _sum(rng: random.Random) -> tuple[str, str]:
-    """A small sum in words, and an answer that states it."""
-    a, b = rng.randint(1, 30), rng.randint(1, 20)
-    if rng.random() < 0.5:
-        a, b = max(a, b), min(a, b)
-    plus = rng.random() < 0.6 or a < b
-    result = a + b if plus else a - b
-    word = "plus" if plus else "minus"
-    if rng.random() < 0.45:
-        ask = rng.choice(["What is {} {} {}?", "How much is {} {} {}?", "Tell me {} {} {}."])
-        return ask.format(a, word, b), rng.choice(["{} {} {} is {}.", "That is {3}."]).format(
-            a, word, b, result
-        )
-    who = values.name(rng).split()[0]
-    item = rng.choice(
-        re.findall(
-            r"\w+",
-            "apples books coins stamps cards eggs pens cups keys balls chairs flowers tickets",
-        )
-    )
-    if plus:
-        more = rng.choice(["buys {} more", "finds {} more", "gets {} from a friend", "makes {}"])
-    else:
-        more = rng.choice(["loses {}", "sells {}", "gives away {}", "breaks {}"])
-    ask = f"{who} has {a} {item} and {more.format(b)}. How many {item} does {who} have now?"
-    return ask, f"{a} {word} {b} is {result}. {who} has {result} {item}."
+def _sum(rng: random.Random) -> tuple[str, str, list[tuple[int, int, float]]]:
+    """A small sum in words, an answer that states it, and the weighted spans of its result."""
+    ask, answer, result = small_sum(rng)
+    return ask, answer, [(*m.span(), SUM_WEIGHT) for m in re.finditer(rf"(?<=is ){result}", answer)]
 
 
 def _words(rng: random.Random, count: int) -> list[str]:
@@ -386,11 +366,7 @@ def document(rng: random.Random, mix: Mix) -> Document:
     if profile:
         doc.add(f"<|im_start|>system\n{profile.text.strip()}<|im_end|>\n", 0.2)
     for _ in range(rng.randint(*mix.turns)):
-        spans: list[tuple[int, int, float]] = []
-        if rng.random() < mix.sums:
-            ask, answer = _sum(rng)
-        else:
-            ask, answer, spans = _turn(rng, mix, profile)
+        ask, answer, spans = _sum(rng) if rng.random() < mix.sums else _turn(rng, mix, profile)
         doc.add(f"<|im_start|>user\n{ask}<|im_end|>\n", 0.2)
         doc.add("<|im_start|>assistant\n", 0.0)
         start = doc.add(f"{answer}<|im_end|>", 1.0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -39,12 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plain", action="store_true", help="without torch.compile")
-    for field in fields(Settings):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default))
-    given = vars(parser.parse_args())
-    out, plain = given.pop("out"), given.pop("plain")
-    chosen = {name: value for name, value in given.items() if value is not None}
-    print(make(out, Settings(**chosen), compiled=not plain))
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    print(make(given.out, Settings(seed=given.seed), compiled=not given.plain))
 
 
 if __name__ == "__main__":

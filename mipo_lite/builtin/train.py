@@ -48,7 +48,7 @@ READING = replace(
     fillers=(0, 5),
     turns=(1, 4),
     repeats=0.20,
-    sums=0.05,
+    sums=0.12,
     direct=0.35,
     direct_fact=0.90,
     indirect_fact=0.65,
@@ -58,12 +58,22 @@ NATURAL = Mix(
     topics=(2, 10),
     fillers=(0, 6),
     repeats=0.04,
-    sums=0.10,
-    direct_fact=0.84,
-    indirect_fact=0.58,
+    sums=0.12,
+    direct_fact=0.80,
+    indirect_fact=0.50,
     fact_weight=2.0,
 )
 LONG = replace(NATURAL, repeats=0.0, no_profile=0.0, topics=(10, 14), fillers=(20, 65))
+
+
+@dataclass(frozen=True)
+class Round:
+    """A rise of the learning rate, a plateau and a linear fall to zero; counts are tokens."""
+
+    tokens: int
+    natural: int  # of the natural mix, at its end
+    rate: float = 1.0  # of the plateau, as a factor of the learning rates
+    fall: int = 9_000_000
 
 
 @dataclass(frozen=True)
@@ -71,14 +81,13 @@ class Settings:
     """Of the training; tokens are those of the text, without padding."""
 
     seed: int = 0
-    tokens: int = 36_000_000
-    second_tokens: int = 9_500_000  # of them in a second round, which begins anew at half the rate
-    second_rate: float = 0.5
+    rounds: tuple[Round, ...] = (
+        Round(26_500_000, natural=8_000_000),
+        Round(9_500_000, natural=3_500_000, rate=0.5),
+        Round(9_000_000, natural=4_500_000, rate=0.5),
+    )
     copying_tokens: int = 4_000_000  # of COPYING at the start
     freer_from: int = 12_152_256  # from here on profiles use freer phrasings too
-    natural_tokens: int = 8_000_000  # of NATURAL at the end of the first round
-    second_natural_tokens: int = 3_500_000  # and of the second
-    decay_tokens: int = 9_000_000  # over which the learning rate falls to zero in the first round
     batch_tokens: int = 8192
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
@@ -88,6 +97,10 @@ class Settings:
     # temperature 1; sampling from sharper logits leaves the choice of the answer, and spells it.
     logit_scale: float = 1.25
     intermediate: int = 512
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.rounds)
 
 
 def new_model(settings: Settings) -> Qwen2ForCausalLM:
@@ -122,34 +135,30 @@ def make_optimizers(model: torch.nn.Module, settings: Settings) -> list[torch.op
     ]
 
 
-def learning_rate(settings: Settings, done: int) -> float:
-    """Factor of the learning rates after `done` tokens.
+def round_at(settings: Settings, done: int) -> tuple[Round, int]:
+    """The round under way after `done` tokens, and how many of its tokens are left."""
+    end = 0
+    for part in settings.rounds:
+        end += part.tokens
+        if done < end:
+            return part, end - done
+    return settings.rounds[-1], 0
 
-    First round: warm-up, constant, linear fall; second round: short rise, linear fall.
-    """
-    first = settings.tokens - settings.second_tokens
-    if done >= first:
-        rise = 0.1 + (done - first) / 300_000
-        fall = settings.second_rate * (settings.tokens - done) / max(1, settings.second_tokens)
-    else:
-        rise = min(1.0, 0.02 + done / 500_000)
-        fall = (first - done) / settings.decay_tokens
-    return max(0.0, min(rise, fall))
+
+def learning_rate(settings: Settings, done: int) -> float:
+    """Factor of the learning rates after `done` tokens."""
+    part, left = round_at(settings, done)
+    rise = 0.02 + (part.tokens - left) / 500_000
+    return part.rate * min(1.0, rise, left / part.fall)
 
 
 def mix_at(settings: Settings, rng: random.Random, done: int) -> Mix:
     if done < settings.copying_tokens:
         return COPYING
+    part, left = round_at(settings, done)
+    mix = NATURAL if left <= part.natural else READING
     if rng.random() < settings.long_share:
         mix = LONG
-    else:
-        first = settings.tokens - settings.second_tokens
-        end, natural = (
-            (first, settings.natural_tokens)
-            if done < first
-            else (settings.tokens, settings.second_natural_tokens)
-        )
-        mix = READING if done < end - natural else NATURAL
     return replace(mix, freer=done >= settings.freer_from)
 
 

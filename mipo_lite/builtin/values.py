@@ -28,6 +28,9 @@ ONSETS = (
 VOWELS = "a e i o u a e i o u ai ea ee ei ia ie io oa oo ou ua y".split()
 CODAS = "b ck d f g k l ll m n nd ng nn nt p r rd rk rn s sh ss st t th v x z".split()
 NAME_ENDINGS = "a ia o us el in en a e y ina ette ard is an on or ra ley".split()
+WORD_ENDINGS = (
+    "ing er ist ian ies es y o e is ini elli ette ade ine ard ant en in or ery le ie a i ler ger"
+).split()
 CITY_ENDINGS = (
     "ton burg ville ford mouth dal stad haven field wick by port ness holm grad ora ia minster "
     "bridge well more berg vik"
@@ -217,15 +220,19 @@ def _proper(rng: Random, real: list[str], endings: list[str]) -> str:
 
 
 def _compound(rng: Random, whole: list[str], first: list[str], last: list[str]) -> str:
-    """An everyday value, a free combination, or one with a made-up word in it."""
+    """An everyday value, a free combination, or one with made-up words in it."""
     kind = rng.random()
-    if kind < 0.25:
+    if kind < 0.2:
         return rng.choice(whole)
-    if kind < 0.65:
+    if kind < 0.4:
         return f"{rng.choice(first)} {rng.choice(last)}"
-    if kind < 0.9:
+    if kind < 0.6:
         return f"{invented(rng)} {rng.choice(last)}"
-    return f"{rng.choice(first)} {invented(rng)}" if kind < 0.95 else invented(rng, 2, 3)
+    if kind < 0.75:
+        return f"{rng.choice(first)} {invented(rng, endings=WORD_ENDINGS)}"
+    if kind < 0.9:
+        return f"{invented(rng)} {invented(rng, endings=WORD_ENDINGS)}"
+    return invented(rng, 2, 3)
 
 
 def name(rng: Random) -> str:
@@ -275,11 +282,11 @@ def diet(rng: Random) -> str:
 
 def color(rng: Random) -> str:
     kind = rng.random()
-    if kind < 0.6:
+    if kind < 0.45:
         return rng.choice(COLOURS)
-    if kind < 0.85:
+    if kind < 0.6:
         return f"{rng.choice(COLOUR_FIRST)} {rng.choice(COLOURS)}"
-    return f"{invented(rng)} {rng.choice(COLOURS)}"
+    return f"{invented(rng)} {rng.choice(COLOURS)}" if kind < 0.75 else invented(rng)
 
 
 def music(rng: Random) -> str:
@@ -288,9 +295,9 @@ def music(rng: Random) -> str:
 
 def book(rng: Random) -> str:
     kind = rng.random()
-    if kind < 0.6:
+    if kind < 0.5:
         return f"The {rng.choice(BOOK_FIRST)} {rng.choice(BOOK_LAST)}"
-    if kind < 0.85:
+    if kind < 0.75:
         return f"The {invented(rng).capitalize()} {rng.choice(BOOK_LAST)}"
     return invented(rng, 2, 3).capitalize()
 
@@ -344,9 +351,10 @@ TOPICS: dict[str, Callable[[Random], str]] = {
 
 def table_words() -> set[str]:
     """Every lower-case word of the fixed value tables above (not the invented ones)."""
+    parts = ("ONSETS", "VOWELS", "CODAS", "WORD_ENDINGS")
     words: set[str] = set()
     for key, value in globals().items():
-        if key.isupper() and isinstance(value, list) and key not in ("ONSETS", "VOWELS", "CODAS"):
+        if key.isupper() and isinstance(value, list) and key not in parts:
             for entry in value:
                 words.update(entry.lower().split())
     return words
