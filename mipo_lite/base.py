@@ -59,11 +59,14 @@ def load_base(
     On CUDA with bfloat16 the compute dtype is bfloat16. Elsewhere it is float32: only the newest
     CPUs multiply bfloat16 faster, and everything is then exact to check.
 
-    Raises UserError when the tokenizer has no chat template.
+    Raises UserError when the tokenizer has no chat template, or the model's layers cannot share
+    prefixes.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
+
+    from .scoring import UnsupportedModel, check_scorable
 
     disable_progress_bar()
     tokenizer = load_tokenizer(source, trust_remote_code)
@@ -84,6 +87,13 @@ def load_base(
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
     )
+    try:
+        check_scorable(model)
+    except UnsupportedModel as error:
+        raise UserError(
+            f"{source.name} cannot be used here: {error}.",
+            "Choose a base of another family: Llama, Mistral, Qwen2, Qwen3, SmolLM or Gemma.",
+        ) from error
     keep_backward_on_cpu(model)
     model.requires_grad_(False)
     model.eval()

@@ -42,7 +42,7 @@ def response_logprobs(
     Raises ValueError for a response without a prompt, `UnsupportedModel` for a model that cannot
     run on a trie or that does more to its logits than soft-capping.
     """
-    check_supported(backbone_of(model))
+    check_scorable(model)
     if any(response and not prompt for prompt, response in rows):
         raise ValueError("the first token of a response needs a prompt to be predicted from")
     results = [torch.empty(0)] * len(rows)
@@ -75,6 +75,13 @@ def _score(rows: list[list[int]], lengths: list[int], model: Any) -> list[torch.
         torch.tensor([token for target in targets for token in target], dtype=torch.long),
     )
     return list(logprobs.split(lengths))
+
+
+def check_scorable(model: Any) -> None:
+    """Raise `UnsupportedModel` unless `model` runs on a trie and its head is a plain one."""
+    check_supported(backbone_of(model))
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _softcap(causal_lm.config.get_text_config())
 
 
 def score_matrix(

@@ -2,7 +2,8 @@
 
 The trainer is TRL's own. What is added here: it trains on the token ids as they were sampled,
 reads reference log-probs that were computed once, keeps trainable parameters in float32, shares
-prompt prefixes, and stops when the margin of held-out pairs no longer rises.
+prompt prefixes within batches put together for it, and stops when the margin of held-out pairs no
+longer rises.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from .base import Base
+from .batching import SharedContextSampler
 from .errors import UserError
 from .label_head import label_positions_only
 from .prefix_sharing import self_check, share_prefixes
@@ -76,6 +78,13 @@ class MIPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """TRL would tokenize the text again, which need not give the ids that were sampled."""
         return dataset
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SharedContextSampler:
+        """Pairs of one context in the same micro-batch, in an order of the seed and the epoch."""
+        rows = cast(Dataset, self.train_dataset if train_dataset is None else train_dataset)
+        return SharedContextSampler(
+            list(rows), self.args.per_device_train_batch_size, self.args.seed
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A run directory is private; it needs no page for a hub."""

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from mipo_lite.base import Base, find_base, load_base
+from mipo_lite.batching import SharedContextSampler
 from mipo_lite.contexts import Persona
 from mipo_lite.errors import UserError
 from mipo_lite.filtering import score_pairs
@@ -88,6 +89,29 @@ def test_the_margin_of_training_pairs_rises(trained) -> None:
 def test_prefixes_are_shared_and_that_was_checked(trained) -> None:
     result, _ = trained
     assert "agrees with the plain path" in result.prefix_sharing
+
+
+def test_batches_hold_one_context_in_another_order_each_epoch(
+    builtin_base: Base, pairs_and_scores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[list[int]] = []
+
+    class Recording(SharedContextSampler):
+        def __iter__(self):
+            orders.append(list(super().__iter__()))
+            return iter(orders[-1])
+
+    monkeypatch.setattr("mipo_lite.training.SharedContextSampler", Recording)
+    pairs, scores = pairs_and_scores
+    train(builtin_base, pairs, scores, RECIPE, tmp_path / "adapter", tmp_path / "checkpoints")
+    rows, _ = split_pairs(pairs, scores, RECIPE)
+    *_, first, second = orders  # the self-check before them takes a batch too
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(len(rows)))
+    contexts = [tuple(row["prompt_ids"][:20]) for row in rows]
+    batches = [second[at : at + 4] for at in range(0, len(second), 4)]
+    mixed = [batch for batch in batches if len({contexts[i] for i in batch}) > 1]
+    assert len(mixed) < len(set(contexts))  # only where one context ends within a batch
 
 
 def test_the_adapter_loads_on_the_plain_base_and_disabled_is_the_base(
