@@ -216,11 +216,25 @@ def compare(
         str | None,
         typer.Option("--judge", metavar="URL", help="Let a model on a local server choose."),
     ] = None,
+    judge_model: Annotated[
+        str | None,
+        typer.Option("--judge-model", metavar="NAME", help="Where the server has several."),
+    ] = None,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Send your page to a judge elsewhere.")
+    ] = False,
 ) -> None:
     """Blind test: before or after, which answer is better? You choose; go on any time."""
     from .delivery import compare_run
 
-    compare_run(run, prompts=prompts, web=web, judge=judge)
+    compare_run(
+        run,
+        prompts=prompts,
+        web=web,
+        judge=judge,
+        judge_model=judge_model,
+        allow_remote=allow_remote,
+    )
 
 
 @app.command()

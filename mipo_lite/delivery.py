@@ -279,23 +279,49 @@ def _plain_gguf(run: Run) -> Path:
     return file
 
 
-def compare_run(run: Path, *, prompts: Path | None, web: bool, judge: str | None) -> None:
-    """`mipo-lite compare`: in the terminal, on a local page, or by a model on a local server."""
+def compare_run(
+    run: Path,
+    *,
+    prompts: Path | None,
+    web: bool,
+    judge: str | None,
+    judge_model: str | None,
+    allow_remote: bool,
+) -> None:
+    """`mipo-lite compare`: in the terminal, on a local page, or by a model on a local server.
+
+    Raises UserError and UsageError as `compare` and `judge` do.
+    """
     from . import compare
     from .compare_web import CompareServer
-    from .judge import Judge, judge_all
+    from .judge import DEFAULT_MODEL, Judge, judge_all
 
+    if judge is None and (judge_model is not None or allow_remote):
+        raise UsageError(
+            "--judge-model and --allow-remote need a judge.",
+            "Name its server, for example: --judge http://127.0.0.1:8080/v1",
+        )
+    if judge is not None and web:
+        raise UsageError("Either you choose (--web) or the judge does.", "Leave one of them out.")
     opened = Run(run)
+    if opened.meta["command"] == "improve":
+        raise UserError(
+            f"{run} answers questions, and which answer is right is no matter of taste.",
+            f"{run / 'report.html'} says how many are right before and after.",
+        )
+    judging = None
+    if judge is not None:  # a wrong address is said before anything is sampled
+        judging = Judge(judge, judge_model or DEFAULT_MODEL, allow_remote=allow_remote)
     with opened.locked():
         if prompts is not None:
             own = compare.read_prompts(prompts)
             base = load_base(recorded_source(opened.meta["base"]))
             compare.answer_own(opened, base, own, Recipe(**opened.meta["recipe"]))
         comparisons = compare.load_comparisons(opened)
-        if judge is not None:
+        if judging is not None:
             with progress("Judging", len(comparisons.all)) as advance:
-                result = judge_all(Judge(judge), comparisons, advance)
-            console.print(f"Judged: {result}")
+                result = judge_all(judging, comparisons, advance)
+            console.print(f"The judge: {result}.", soft_wrap=True)
         elif web:
             CompareServer(comparisons).serve(
                 lambda url: console.print(f"Open {url}  (Ctrl-C ends)", soft_wrap=True)

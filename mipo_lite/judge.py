@@ -23,6 +23,7 @@ from .errors import UsageError, UserError
 from .run import append_jsonl, read_json, read_jsonl
 
 JUDGEMENTS_FILE = "judgements.jsonl"
+DEFAULT_MODEL = "default"  # what a server of one model is asked for
 LONGEST_ANSWER = 1_000_000  # bytes; a verdict is one letter
 
 _INSTRUCTION = """\
@@ -52,7 +53,12 @@ class Judge:
     """
 
     def __init__(
-        self, url: str, model: str = "default", *, allow_remote: bool = False, timeout: float = 120
+        self,
+        url: str,
+        model: str = DEFAULT_MODEL,
+        *,
+        allow_remote: bool = False,
+        timeout: float = 120,
     ) -> None:
         check_address(url, allow_remote)
         self.url = url.rstrip("/") + "/chat/completions"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from finished_run import PAGE, make_run
+from finished_run import PAGE, make_improve_run, make_run
 
+from mipo_lite import cli, judge
 from mipo_lite.compare import load_comparisons
 from mipo_lite.errors import UsageError, UserError
 from mipo_lite.judge import Judge, is_local, judge_all, read_letter
@@ -149,3 +151,68 @@ def test_a_server_of_another_kind(raw: bytes) -> None:
 def test_nobody_listens() -> None:
     with pytest.raises(UserError, match="No server answers"):
         Judge("http://127.0.0.1:9/v1", timeout=2).ask(PAGE, "Hi", "a", "b")
+
+
+def command_line(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and errors of `mipo-lite compare ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["mipo-lite", "compare", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as error:
+        code = int(error.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_asks_the_model_that_was_named(tmp_path, monkeypatch, capsys) -> None:
+    run = make_run(tmp_path / "run")
+    with server(prefers_quibbix) as (url, received):
+        given = [run.path, "--judge", url, "--judge-model", "qwen"]
+        code, output, _ = command_line(monkeypatch, capsys, *given)
+        assert code == 0
+        command_line(monkeypatch, capsys, run.path, "--judge", url)
+    assert "The judge: the trained model was preferred in 100% of 6 comparisons" in output
+    assert {body["model"] for body in received[:12]} == {"qwen"}
+    # Another model is asked anew.
+    assert {body["model"] for body in received[12:]} == {"default"} and len(received) == 24
+    assert not (run / "choices.jsonl").exists(), "what a judge says is no choice of the user's"
+
+
+def test_the_command_sends_the_page_elsewhere_only_when_told(tmp_path, monkeypatch, capsys) -> None:
+    run = make_run(tmp_path / "run")
+    with server(prefers_quibbix) as (url, received):
+        # A name that stands for another machine, as far as the check of addresses knows.
+        monkeypatch.setattr(judge, "is_local", lambda host: False)
+        code, _, errors = command_line(monkeypatch, capsys, run.path, "--judge", url)
+        assert code == 2 and not received
+        assert errors == (
+            "Error: 127.0.0.1 is not this machine, and the judge would read your page.\n"
+            "Use a server on this machine, or say --allow-remote.\n"
+        )
+        given = [run.path, "--judge", url, "--allow-remote"]
+        code, output, _ = command_line(monkeypatch, capsys, *given)
+    assert code == 0 and len(received) == 12 and "100%" in output
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (["--judge-model", "m"], "--judge-model and --allow-remote need a judge."),
+        (["--allow-remote"], "--judge-model and --allow-remote need a judge."),
+        (["--judge", "http://127.0.0.1:9/v1", "--web"], "Either you choose (--web) or the judge"),
+        (["--judge", ""], " is not an address."),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path, monkeypatch, capsys, given, what) -> None:
+    run = make_run(tmp_path / "run")
+    code, _, errors = command_line(monkeypatch, capsys, run.path, *given)
+    assert code == 2
+    assert errors.startswith(f"Error: {what}") and len(errors.splitlines()) == 2
+
+
+def test_a_run_of_improve_has_nothing_to_choose(tmp_path, monkeypatch, capsys) -> None:
+    run = make_improve_run(tmp_path / "sums")
+    code, _, errors = command_line(monkeypatch, capsys, run.path)
+    assert code == 1
+    assert "no matter of taste" in errors and "report.html" in errors
