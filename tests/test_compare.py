@@ -244,9 +244,9 @@ class Browser:
         found = self.call("/session", {"capabilities": {"alwaysMatch": options}})
         self._path = f"/session/{found['sessionId']}"
 
-    def call(self, path: str, body: dict | None = None):
+    def call(self, path: str, body: dict | None = None, method: str = ""):
         connection = http.client.HTTPConnection(self._address, timeout=90)
-        method = "GET" if body is None else "POST"
+        method = method or ("GET" if body is None else "POST")
         connection.request(method, self._path + path, None if body is None else json.dumps(body))
         value = json.loads(connection.getresponse().read())["value"]
         assert not (isinstance(value, dict) and "error" in value), value
@@ -273,6 +273,7 @@ class Browser:
         self.call(f"/element/{element}/click", {})
 
     def close(self) -> None:
+        self.call("", method="DELETE")  # ends the browser, which would outlive its driver
         self._driver.terminate()
         self._driver.wait(timeout=20)
 
