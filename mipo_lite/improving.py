@@ -173,9 +173,11 @@ def _answers(
         rows.append(
             {
                 "model": which,
+                "condition": "question",  # as the rows of personalize name theirs
                 "mode": mode,
                 "question": index,
                 "prompt_id": questions[index].problem.id,
+                "prompt": questions[index].problem.text,
                 "sample": number,
                 "text": base.decode(response.token_ids),
                 "token_ids": response.token_ids,
