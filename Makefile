@@ -18,7 +18,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch -c constraints.txt
 	@echo "Installing; compiling llama.cpp takes some minutes the first time."
-	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[dev,math]' -c constraints.txt
 	@touch $@
 
 demo: install
