@@ -67,6 +67,8 @@ def more_rounds(
     the policy itself scores its responses) and `pairs` (kept, from round 2 on).
     """
     train_on, watched = set_aside(training)
+    for directory in (run / "rounds", run / "rounds" / "1"):
+        directory.mkdir(mode=0o700, exist_ok=True)
     first = run / "rounds" / "1"
     if not (first / "adapter").exists():
         with atomic_directory(first / "adapter") as partial:
