@@ -160,9 +160,16 @@ def pairs(run: RunArgument, settings: SetOption = None) -> None:
 
 
 @app.command()
-def train(run: RunArgument, settings: SetOption = None) -> None:
+def train(
+    run: RunArgument,
+    settings: SetOption = None,
+    use_choices: Annotated[
+        bool,
+        typer.Option("--use-choices", help="Also on your choices in the blind test (compare)."),
+    ] = False,
+) -> None:
     """Train the adapter of a run; with --set, anew with another setting."""
-    _stage(run, settings, "train")
+    _stage(run, [*(settings or []), *["use_choices=true"] * use_choices], "train")
 
 
 @app.command()

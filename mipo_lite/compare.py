@@ -216,13 +216,12 @@ def choice_pairs(run: Run, base: Any, first_id: int) -> list[dict[str, Any]]:
         base: encodes the prompts (a Base).
         first_id: id of the first line.
 
-    The requests were held out: an evaluation of what is trained on them must leave them out.
+    The requests were held out: an evaluation of what is trained on them must leave out
+    `judged_prompts`.
     """
     page = read_json(run / "context.json")["text"]
     rows: list[dict[str, Any]] = []
-    for row in read_jsonl(run / CHOICES_FILE):
-        if row["choice"] == "tie":
-            continue
+    for row in usable_choices(run):
         chosen, rejected = ("after", "before") if row["choice"] == "after" else ("before", "after")
         rows.append(
             {
@@ -230,6 +229,7 @@ def choice_pairs(run: Run, base: Any, first_id: int) -> list[dict[str, Any]]:
                 "prompt": base.messages(row["prompt"], page),
                 "prompt_id": f"choice-{row['id']}",
                 "persona": "user",
+                "chosen_by": "user",
                 "negative": {"prompt_id": f"choice-{row['id']}", "persona": "user"},
                 "chosen": row[chosen],
                 "rejected": row[rejected],
@@ -243,9 +243,14 @@ def choice_pairs(run: Run, base: Any, first_id: int) -> list[dict[str, Any]]:
     return rows
 
 
+def usable_choices(run: Run) -> list[dict[str, Any]]:
+    """The lines of choices.jsonl that are no ties."""
+    return [row for row in read_jsonl(run / CHOICES_FILE) if row["choice"] != "tie"]
+
+
 def judged_prompts(run: Run) -> set[str]:
     """The requests whose choices `choice_pairs` trains on."""
-    return {row["prompt"] for row in read_jsonl(run / CHOICES_FILE) if row["choice"] != "tie"}
+    return {row["prompt"] for row in usable_choices(run)}
 
 
 def read_prompts(path: Path) -> list[str]:

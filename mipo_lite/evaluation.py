@@ -23,7 +23,7 @@ from .base import Base
 from .console import progress
 from .contexts import Persona, persona_pool
 from .evidence import measure, summarize
-from .prompts import Condition, Prompt, shipped_prompts
+from .prompts import Condition, Prompt, may_matter, shipped_prompts
 from .recipe import Recipe
 from .run import append_jsonl, atomic_write, read_jsonl, truncate_jsonl
 from .sampling import SampleRequest, sample
@@ -110,13 +110,11 @@ def questions_about(
 ) -> list[Question]:
     """Held-out prompts in all conditions, `recipe.eval_prompts` at most in each.
 
-    A user's own prompts do not say which facts fit them: all of them may matter then, and the
-    neutral ones are the shipped ones.
+    Where all prompts may matter, the neutral ones are the shipped ones.
     """
-    held_out = [prompt for prompt in prompts if prompt.split == "held_out"]
-    marked = any(prompt.topics for prompt in prompts)
-    matter = [prompt for prompt in held_out if prompt.topics or not marked]
-    neutral = [prompt for prompt in held_out if marked and not prompt.topics] or [
+    all_matter = may_matter(prompts)
+    matter = [prompt for prompt in all_matter if prompt.split == "held_out"]
+    neutral = [p for p in prompts if p.split == "held_out" and p not in all_matter] or [
         prompt for prompt in shipped_prompts() if prompt.split == "held_out" and not prompt.topics
     ]
     # The list is ordered by topic: take a fixed random part of it, not its head.

@@ -7,6 +7,7 @@ not the paper's.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ def _row(pair: dict[str, Any], logprobs: Sequence[float], recipe: Recipe) -> dic
     pmi_chosen, pmi_rejected = chosen - chosen_without, rejected - rejected_without
     # Two answers to one question are contrasted by their answers, as the pair itself says.
     contrast = pair.get("contrast", pmi_chosen - pmi_rejected)
+    if pair.get("chosen_by") == "user":
+        contrast = math.inf  # somebody saw one, be it about the context or not
     why = drop_reason(pair["chosen_ids"], pair["rejected_ids"], contrast, recipe.min_contrast)
     other_question = pair["negative"]["prompt_id"] != pair["prompt_id"]
     if why is None and other_question and pmi_rejected > -recipe.min_contrast:

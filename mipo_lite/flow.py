@@ -1,8 +1,8 @@
 """The machinery of a run: stages that are repeated exactly when something they depend on changed.
 
 A stage reads files of the run directory and writes files of the run directory. Its fingerprint
-covers the settings it reads and the fingerprint of the stage before it. This module knows how
-stages are run, recorded and gone on with, and nothing about what they do.
+covers the settings it reads, what else it says it reads, and the fingerprint of the stage before
+it. This module knows how stages are run, recorded and gone on with, and nothing about what they do.
 """
 
 from __future__ import annotations
@@ -67,12 +67,14 @@ class Stage:
     Attributes:
         settings: the settings it reads; a change of one makes the stage, and all after it, stale.
         files: what it writes, removed before a stale stage is run again.
+        reads: what else its result depends on, as JSON; None when there is nothing.
     """
 
     name: str
     action: Callable[[Flow, dict[str, Any]], None]
     settings: tuple[str, ...]
     files: tuple[str, ...]
+    reads: Callable[[Flow], Any] = lambda flow: None
 
 
 def open_or_create(
@@ -160,7 +162,9 @@ def fingerprints(flow: Flow) -> Iterator[tuple[Stage, str]]:
     recipe = flow.recipe.model_dump()
     before = fingerprint([meta.get("context"), meta["prompts"], flow.source.revision])
     for stage in flow.stages:
-        before = fingerprint([before, stage.name, {key: recipe[key] for key in stage.settings}])
+        parts = [before, stage.name, {key: recipe[key] for key in stage.settings}]
+        more = stage.reads(flow)
+        before = fingerprint(parts if more is None else [*parts, more])
         yield stage, before
 
 

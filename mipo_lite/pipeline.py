@@ -15,11 +15,11 @@ from .base import check_context_fits
 from .bases import recorded_source
 from .console import progress
 from .contexts import load_facts, load_user_context, persona_pool
-from .errors import UsageError
+from .errors import UsageError, UserError
 from .flow import Flow, Stage, execute, open_or_create, resolve
-from .prompts import load_prompts
+from .prompts import Prompt, load_prompts, may_matter
 from .recipe import Recipe, given_settings, load_recipe
-from .run import Run, append_jsonl, fingerprint, read_jsonl, write_json
+from .run import Run, append_jsonl, fingerprint, read_jsonl, truncate_jsonl, write_json
 
 NEGATIVES = ("missing", "random", "mixed")  # of personalize
 
@@ -138,12 +138,22 @@ def prepare(
 
 
 def open_flow(path: Path, settings: Iterable[str] = (), trust_remote_code: bool = False) -> Flow:
-    """The flow of an existing run, with some settings changed."""
+    """The flow of an existing run, with some settings changed.
+
+    Raises UserError for use_choices where nothing was chosen.
+    """
     run = Run(path)
+    settings = list(settings)
     recipe = load_recipe(None, settings, None)
     recipe = Recipe(**{**run.meta["recipe"], **recipe.model_dump(exclude_unset=True)})
     source = recorded_source(run.meta["base"])
-    return Flow(run, recipe, source, stages_of(run), trust_remote_code)
+    flow = Flow(run, recipe, source, stages_of(run), trust_remote_code)
+    if "use_choices" in given_settings(settings) and recipe.use_choices and not _choices(flow):
+        raise UserError(
+            f"{path} holds no choices to train on.",
+            f"Make some: `mipo-lite compare {path}`. A tie teaches nothing.",
+        )
+    return flow
 
 
 def stages_of(run: Run) -> tuple[Stage, ...]:
@@ -166,11 +176,56 @@ def _make_pairs(flow: Flow, entry: dict[str, Any]) -> None:
     entry["departures"] = flow.recipe.departures
 
 
+def _choices(flow: Flow) -> list[dict[str, Any]] | None:
+    """The choices of the blind test that are trained on; None for none."""
+    from .compare import usable_choices
+
+    return usable_choices(flow.run) or None if flow.recipe.use_choices else None
+
+
+def _prompts_to_measure(flow: Flow) -> tuple[Prompt, ...]:
+    """The prompts of the run without those that are trained on as choices.
+
+    Raises UserError when nothing is left to measure on.
+    """
+    from .compare import judged_prompts
+
+    judged = judged_prompts(flow.run) if flow.recipe.use_choices else ()
+    left = tuple(prompt for prompt in flow.prompts if prompt.text not in judged)
+    if not any(prompt.split == "held_out" for prompt in may_matter(left)):
+        raise UserError(
+            "Every held-out prompt was judged in the blind test, so none is left to measure on.",
+            "Set use_choices=false, or start a run with more prompts.",
+        )
+    return left
+
+
+def _append_choices(flow: Flow, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pairs to score: pairs.jsonl, in which the choices follow the pairs that were sampled.
+
+    They are not the business of the stage that samples: a new choice must not repeat it.
+    """
+    from .compare import choice_pairs
+
+    file = flow.run / "pairs.jsonl"
+    sampled = flow.run.meta["stages"]["pairs"]["pairs"]
+    pairs = read_jsonl(file)
+    chosen = []
+    if _choices(flow):
+        _prompts_to_measure(flow)  # before time is spent on a training that can not be measured
+        chosen = choice_pairs(flow.run, flow.base, first_id=sampled)
+        entry["choices"] = len(chosen)
+    if pairs[sampled:] != chosen:
+        truncate_jsonl(file, sampled)
+        append_jsonl(file, chosen)
+    return pairs[:sampled] + chosen
+
+
 def _score_pairs(flow: Flow, entry: dict[str, Any]) -> None:
     from .filtering import dropped, score_pairs
     from .quality import pair_quality, print_quality
 
-    pairs = read_jsonl(flow.run / "pairs.jsonl")
+    pairs = _append_choices(flow, entry)
     base = flow.base
     with progress("Scoring pairs", len(pairs)) as advance:
         score_pairs(base, pairs, flow.recipe, flow.run / "scores.jsonl", advance)
@@ -218,7 +273,12 @@ def _evaluate(flow: Flow, entry: dict[str, Any]) -> None:
     if flow.recipe.sft_baseline:
         adapters["SFT on chosen"] = run / "sft"
     metrics = evaluate(
-        flow.base, flow.user, flow.prompts, flow.recipe, adapters, run / "evaluation.jsonl"
+        flow.base,
+        flow.user,
+        _prompts_to_measure(flow),
+        flow.recipe,
+        adapters,
+        run / "evaluation.jsonl",
     )
     write_json(run / "metrics.json", metrics)
     entry["verdict"] = metrics["verdict"]["word"]
@@ -260,7 +320,13 @@ STAGES = (
         ),
         ("pairs.jsonl",),
     ),
-    Stage("scores", _score_pairs, ("min_contrast", "scoring_tokens"), ("scores.jsonl",)),
+    Stage(
+        "scores",
+        _score_pairs,
+        ("min_contrast", "scoring_tokens"),
+        ("scores.jsonl",),
+        reads=_choices,
+    ),
     Stage(
         "train",
         _train,

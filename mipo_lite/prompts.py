@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -106,6 +107,15 @@ def load_prompts(path: Path | None) -> tuple[Prompt, ...]:
         )
         for number, (text, row) in enumerate(unique.items(), start=1)
     )
+
+
+def may_matter(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those that a fact about the user may fit.
+
+    A user's own prompts do not say which facts fit them: all of them may then.
+    """
+    marked = any(prompt.topics for prompt in prompts)
+    return [prompt for prompt in prompts if prompt.topics or not marked]
 
 
 def _choose_held_out(texts: list[str]) -> set[str]:

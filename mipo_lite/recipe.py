@@ -67,6 +67,9 @@ class Recipe(BaseModel):
         0.5, ge=0, description="drop pairs whose PMI(chosen) - PMI(rejected) is within this, nats"
     )
     scoring_tokens: int = Field(8192, ge=256, description="tokens scored at once")
+    use_choices: bool = Field(
+        False, description="also train on your choices in the blind test (mipo-lite compare)"
+    )
 
     loss: str = Field("sigmoid", description="a loss_type of TRL's DPOConfig")
     beta: float = Field(0.1, gt=0, description="DPO's beta")

@@ -162,6 +162,15 @@ def test_commands_on_what_is_no_run(command, tmp_path, monkeypatch, capsys) -> N
     assert code == 1
 
 
+def test_choices_are_a_flag_of_train(tmp_path, monkeypatch, capsys) -> None:
+    found = []
+    monkeypatch.setattr(cli, "_stage", lambda *arguments: found.append(arguments))
+    run(["train", str(tmp_path), "--set", "beta=0.2", "--use-choices"], monkeypatch, capsys)
+    run(["train", str(tmp_path)], monkeypatch, capsys)
+    expected = ["beta=0.2", "use_choices=true"]
+    assert found == [(tmp_path, expected, "train"), (tmp_path, [], "train")]
+
+
 def test_dry_run_says_what_would_be_done_and_does_nothing(tmp_path, monkeypatch, capsys) -> None:
     command = ["personalize", "--user-context", str(SAMPLE), "--base", "builtin", "--dry-run"]
     code, output, _ = run([*command, "--run", str(tmp_path / "run")], monkeypatch, capsys)

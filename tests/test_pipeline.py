@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,17 @@ from peft import PeftModel
 
 from mipo_lite import pipeline
 from mipo_lite.base import BUILTIN
+from mipo_lite.compare import choice_pairs, judged_prompts
 from mipo_lite.errors import UserError
-from mipo_lite.flow import fingerprints
+from mipo_lite.flow import execute, fingerprints
 from mipo_lite.gguf.verify import (
     agreement,
     gguf_distributions,
     load_model,
     torch_distributions,
 )
-from mipo_lite.run import Run, read_json, read_jsonl
+from mipo_lite.prompts import may_matter
+from mipo_lite.run import Run, append_jsonl, read_json, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 ME = ROOT / "examples" / "me.txt"
@@ -202,12 +205,109 @@ def test_a_changed_setting_redoes_what_depends_on_it(finished, tmp_path: Path) -
     whole, _ = finished
     flow = pipeline.open_flow(whole, ["learning_rate=0.5"])
     assert flow.recipe.learning_rate == 0.5
-    stale = [
+    assert stale_stages(flow) == ["train", "baseline", "evaluate", "export", "report"]
+
+
+def stale_stages(flow) -> list[str]:
+    return [
         stage.name
         for stage, inputs in fingerprints(flow)
         if not flow.run.is_done(stage.name, inputs)
     ]
-    assert stale == ["train", "baseline", "evaluate", "export", "report"]
+
+
+def choose(run: Path, prompts: list[str], choice: str) -> None:
+    """Choices as the blind test writes them, of answers that nobody gave."""
+    rows = [
+        {
+            "id": f"{choice}-{number}",
+            "prompt": prompt,
+            "choice": choice,
+            "shown_first": "after",
+            "before": "No.",
+            "after": "Yes.",
+            "before_ids": [40, 41],
+            "after_ids": [42, 41],
+        }
+        for number, prompt in enumerate(prompts)
+    ]
+    append_jsonl(run / "choices.jsonl", rows)
+
+
+@pytest.fixture
+def copied(finished, tmp_path: Path) -> Path:
+    whole, _ = finished
+    return Path(shutil.copytree(whole, tmp_path / "copied"))
+
+
+def asked_in(run: Path) -> list[str]:
+    """The held-out prompts of an evaluation, those of the blind test."""
+    rows = read_jsonl(run / "evaluation.jsonl")
+    return list(dict.fromkeys(r["prompt"] for r in rows if r["condition"] == "with_context"))
+
+
+def test_choices_are_noticed_where_they_are_used(copied: Path) -> None:
+    choose(copied, asked_in(copied)[:2], "after")
+    assert stale_stages(pipeline.open_flow(copied)) == []
+    use = ["use_choices=true"]
+    later = ["scores", "train", "baseline", "evaluate", "export", "report"]
+    assert stale_stages(pipeline.open_flow(copied, use)) == later, "nothing is sampled again"
+    seen = {s.name: i for s, i in fingerprints(pipeline.open_flow(copied, use))}
+    choose(copied, asked_in(copied)[2:3], "tie")
+    again = {s.name: i for s, i in fingerprints(pipeline.open_flow(copied, use))}
+    assert again == seen, "a tie teaches nothing"
+    choose(copied, asked_in(copied)[3:4], "before")
+    more = {s.name: i for s, i in fingerprints(pipeline.open_flow(copied, use))}
+    assert more["scores"] != seen["scores"] and more["pairs"] == seen["pairs"]
+
+
+def test_choices_are_trained_on_and_not_measured(copied: Path, builtin_base) -> None:
+    sampled = (copied / "pairs.jsonl").read_bytes()
+    asked = asked_in(copied)
+    choose(copied, asked[:2], "after")
+    choose(copied, asked[2:3], "before")
+    choose(copied, asked[3:4], "tie")
+    flow = pipeline.open_flow(copied, ["use_choices=true", "epochs=0.5"])
+    flow.base = builtin_base
+    execute(flow, only="evaluate")
+
+    pairs = read_jsonl(copied / "pairs.jsonl")
+    assert (copied / "pairs.jsonl").read_bytes().startswith(sampled)
+    assert [p["chosen"] for p in pairs[24:]] == ["Yes.", "Yes.", "No."]
+    assert pairs[24:] == choice_pairs(flow.run, builtin_base, first_id=24)
+    scores = read_jsonl(copied / "scores.jsonl")
+    assert [score["id"] for score in scores] == list(range(27))
+    assert all(score["kept"] for score in scores[24:]), "whatever PMI says"
+    assert flow.run.meta["stages"]["scores"]["choices"] == 3
+
+    judged = judged_prompts(flow.run)
+    assert judged == set(asked[:3])
+    measured = {row["prompt"] for row in read_jsonl(copied / "evaluation.jsonl")}
+    assert measured and not judged & measured
+    assert len(read_jsonl(copied / "choices.jsonl")) == 4, "choices stay"
+
+    flow = pipeline.open_flow(copied, ["use_choices=false"])
+    flow.base = builtin_base
+    execute(flow, only="scores")
+    assert (copied / "pairs.jsonl").read_bytes() == sampled
+    assert len(read_jsonl(copied / "scores.jsonl")) == 24
+
+
+def test_choices_that_are_not_there_are_asked_for(copied: Path) -> None:
+    with pytest.raises(UserError, match="holds no choices to train on") as error:
+        pipeline.open_flow(copied, ["use_choices=true"])
+    assert f"mipo-lite compare {copied}" in error.value.fix
+
+
+def test_what_is_judged_completely_can_not_be_measured(copied: Path, builtin_base) -> None:
+    flow = pipeline.open_flow(copied)
+    held_out = [p.text for p in may_matter(flow.prompts) if p.split == "held_out"]
+    choose(copied, held_out, "after")
+    flow = pipeline.open_flow(copied, ["use_choices=true"])
+    flow.base = builtin_base
+    with pytest.raises(UserError, match="none is left to measure on"):
+        execute(flow, only="train")
+    assert len(read_jsonl(copied / "pairs.jsonl")) == 24
 
 
 def test_metrics_have_before_after_and_intervals(finished) -> None:
