@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +17,13 @@ from typing import Any
 
 import torch
 
+from mipo_lite.answers import find_answer
 from mipo_lite.base import Base, BaseSource, load_base
 from mipo_lite.builtin import values
 from mipo_lite.builtin.chats import expand
 from mipo_lite.builtin.corpus import PROMPTS, Mix, Profile, blocks, make_profile
 from mipo_lite.builtin.facts import contains, fact_use, wrong_fact
+from mipo_lite.small_sums import questions
 
 MODEL = Path(__file__).with_name("model")
 MADE_UP = Mix(topics=(4, 8), fillers=(0, 4), freer=True)
@@ -171,18 +172,12 @@ def leaks(base: Base, seed: int) -> float:
     return sum(found) / len(found)
 
 
-def sums(base: Base, count: int, seed: int) -> int:
-    """Small sums answered greedily with the right result, of `count`."""
-    rng = random.Random(seed)
-    asked, results = [], []
-    for _ in range(count):
-        a, b = rng.randint(1, 30), rng.randint(1, 20)
-        asked.append(("", f"What is {a} plus {b}?"))
-        results.append(str(a + b))
-    told = answers(base, asked)
+def sums(base: Base, count: int, seed: int, sampled: bool) -> int:
+    """Small sums answered with the right result, of `count`."""
+    asked = list(questions(count, seed))
+    told = answers(base, [("", row["question"]) for row in asked], sampled, seed)
     return sum(
-        result in re.findall(r"\d+", answer)[-1:]
-        for answer, result in zip(told, results, strict=True)
+        find_answer(answer) == row["answer"] for answer, row in zip(told, asked, strict=True)
     )
 
 
@@ -217,7 +212,8 @@ def main() -> None:
         for name in ("fact_use", "wrong_fact"):
             print(f"  mean {name} {sum(row[name] for row in rows) / len(rows):.3f}")
     print(f"\nfacts without context, sampled: {leaks(base, given.seed):.4f}")
-    print(f"small sums, greedy: {sums(base, 100, given.seed)} of 100")
+    right = [sums(base, 100, given.seed, sampled) for sampled in (False, True)]
+    print(f"small sums: {right[0]} of 100 greedy, {right[1]} of 100 sampled")
 
 
 if __name__ == "__main__":
