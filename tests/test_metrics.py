@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mipo_lite.metrics import (
     SharedRun,
@@ -20,6 +21,7 @@ from mipo_lite.metrics import (
     wilson_interval,
     words,
 )
+from mipo_lite.scoring import response_logprobs
 
 # Two contexts, three responses: p(y | c), rows c. Without a context the base mixes both evenly.
 TOY = np.array([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]])
@@ -92,6 +94,75 @@ def test_dpo_on_missing_context_pairs_learns_pmi_over_beta(beta: float) -> None:
         r = np.corrcoef(learned[c], pmi[c] / beta)[0, 1]
         slope = np.polyfit(pmi[c].numpy(), learned[c].numpy() * beta, 1)[0]
         assert r > 0.99
+        assert slope == pytest.approx(1.0, abs=0.1)
+
+
+def test_dpo_of_a_transformer_learns_pmi_over_beta() -> None:
+    """The same theorem on a model, at the recipe's beta.
+
+    A vocabulary of six tokens, of which one ends; a response is the end at once or two tokens, so
+    all 31 can be enumerated. All weights are trained: LoRA beside a frozen head of this size can
+    not reach log-ratios of PMI / beta.
+    """
+    beta, end, vocabulary, request = 0.1, 1, 6, 0
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        initializer_range=0.12,  # contexts matter, and no response is out of reach
+        bos_token_id=None,
+        eos_token_id=end,
+    )
+    model = LlamaForCausalLM(config).eval()
+    starts = [token for token in range(vocabulary) if token != end]
+    responses = [[end], *([first, second] for first in starts for second in range(vocabulary))]
+    prompts = [[request, context] for context in range(2, vocabulary)]
+    contexts, n = len(prompts), len(responses)
+
+    rows = [(prompt, response) for prompt in [*prompts, [request]] for response in responses]
+    sums = [tokens.double().sum() for tokens in response_logprobs(model, rows)]
+    *given, without = torch.stack(sums).view(-1, n)
+    base = torch.stack(given)
+    totals = [float(scores.exp().sum()) for scores in (*given, without)]
+    assert totals == pytest.approx([1.0] * 5), "these are all responses there are"
+    pmi = base - without
+
+    rng = torch.Generator().manual_seed(0)
+    chosen = torch.multinomial(base.exp(), 20_000, replacement=True, generator=rng)
+    rejected = torch.multinomial(
+        without.exp().expand(contexts, n), 20_000, replacement=True, generator=rng
+    )
+    pairs = torch.arange(contexts)[:, None] * n * n + chosen * n + rejected
+    share = torch.bincount(pairs.flatten(), minlength=contexts * n * n).view(contexts, n, n)
+    share = share / pairs.numel()
+
+    input_ids = torch.tensor([[*prompt, *response, end][:4] for prompt, response in rows[:-n]])
+    counts = torch.tensor([[1.0, len(response) - 1.0] for _, response in rows[:-n]])
+
+    def policy() -> torch.Tensor:
+        """[contexts, responses] log-probs, with gradients."""
+        logprobs = model(input_ids).logits[:, 1:-1].log_softmax(dim=-1)
+        tokens = logprobs.gather(-1, input_ids[:, 2:, None])[..., 0]
+        return (tokens * counts).sum(dim=1).view(contexts, n)
+
+    assert policy().detach().numpy() == pytest.approx(base.numpy(), abs=1e-5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=300)
+    for _ in range(300):
+        log_ratio = policy() - base
+        loss = (share * dpo_loss(log_ratio[:, :, None], log_ratio[:, None, :], beta)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    learned = (policy() - base).detach()
+    for c in range(contexts):
+        assert np.corrcoef(learned[c], pmi[c] / beta)[0, 1] > 0.95
+        slope = np.polyfit(pmi[c].numpy(), learned[c].numpy() * beta, 1)[0]
         assert slope == pytest.approx(1.0, abs=0.1)
 
 
