@@ -127,15 +127,16 @@ def _read(
 
     def load(path: Path) -> Sequence[Problem]:
         question, answer = columns
-        return load_problems(
-            path, console.print, question_column=question, answer_column=answer
-        ).problems
+        return load_problems(path, _say, question_column=question, answer_column=answer).problems
 
     problems = load(prompts)
     held_out = load(eval_prompts) if eval_prompts is not None else None
     split, left_out = split_problems(problems, held_out)
     if left_out:
-        console.print(f"{prompts}: {left_out} questions are left out: they are held out as well.")
+        _say(
+            f"{prompts}: {left_out} of {len(problems)} questions are left out: they are held out "
+            "as well."
+        )
     if sum(problem.split == "train" for problem in split) < 2:
         raise UserError(
             f"{prompts} holds fewer than two questions that are not held out as well.",
@@ -162,9 +163,9 @@ def _fitting(
         for problem in asked
         if len(encode_prompt(tokenizer, build_messages(problem.text, None))) <= room
     ]
-    if len(fitting) < len(asked):
-        console.print(
-            f"{len(asked) - len(fitting)} questions are left out: {source.name} has room for "
+    if left_out := len(asked) - len(fitting):
+        _say(
+            f"{left_out} of {len(asked)} questions are left out: {source.name} has room for "
             f"{room} tokens beside the answer."
         )
     if sum(problem.split == "train" for problem in fitting) < LEAST // 2:
@@ -172,6 +173,11 @@ def _fitting(
             "Hardly a question is left that fits.", "Use shorter ones, or lower max_new_tokens."
         )
     return fitting
+
+
+def _say(text: str) -> None:
+    """Print it as it is: a file's name may hold brackets, and a reason stays on its line."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def read_problems(run: Run, with_answers: bool = False) -> list[Problem]:

@@ -103,8 +103,12 @@ def load_problems(
     for line in describe(found):
         tell(line)
     if len(found.problems) < LEAST:
+        count = _count(len(found.problems), "usable question")
+        alone = [
+            f" Line {only.line} has no other to be contrasted with." for only in found.problems
+        ]
         raise UserError(
-            f"{path} holds {_count(len(found.problems), 'usable question')}; {LEAST} is the least.",
+            f"{path} holds {count}; {LEAST} is the least.{alone[0] if len(alone) == 1 else ''}",
             "A question is contrasted with other ones: add some; a hundred are a good start.",
         )
     return found
