@@ -22,6 +22,7 @@ from .bases import BaseSource, find_base, recorded_source
 from .console import console
 from .contexts import Persona
 from .errors import UserError
+from .out_of_memory import remembering
 from .planning import count_tokens, settle, watch_memory
 from .prompts import Prompt, from_row
 from .recipe import Recipe, load_recipe
@@ -143,12 +144,18 @@ def resolve(
 
 def execute(flow: Flow, only: str | None = None) -> None:
     """Run the stages that are not done; with `only`, up to that one and not beyond."""
-    flow.run.meta["recipe"] = flow.recipe.model_dump()
+    meta, recipe = flow.run.meta, flow.recipe.model_dump()
+    # What had to be halved for lack of memory is begun with, unless it was set anew since.
+    sizes = {
+        key: n for key, n in meta.get("fits", {}).items() if meta["recipe"][key] == recipe[key]
+    }
+    meta |= {"recipe": recipe, "fits": sizes}
     for stage, inputs in fingerprints(flow):
         if not flow.run.is_done(stage.name, inputs):
             _start_over_if_stale(flow.run, stage, inputs)
             with (
                 flow.run.stage(stage.name, inputs) as entry,
+                remembering(sizes, flow.run.save),
                 watch_memory(stage.name, flow.recipe, flow.source.path, flow.page or "", entry),
             ):
                 stage.action(flow, entry)

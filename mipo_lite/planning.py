@@ -21,6 +21,7 @@ from .fitting import Case, Device, Stage, Training
 from .known_bases import KNOWN, KnownBase
 from .machine import available_memory, find_gpu
 from .memory import CPU_PROCESS, CUDA_CONTEXT, GIB
+from .out_of_memory import found_sizes
 from .recipe import Recipe, make_recipe
 from .shapes import Shape, shape_of
 
@@ -251,7 +252,7 @@ def watch_memory(
     planned = plan(
         str(path),
         context_tokens=tokens,
-        recipe=recipe,
+        recipe=recipe.model_copy(update=found_sizes()),
         fixed=[name for name in PLANNED if name in Recipe.model_fields],
         device=Device(gpu.name, gpu.total, True),
     ).stage(stage)

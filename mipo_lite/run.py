@@ -22,9 +22,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import UserError
+from .machine import measure_peak
 
 FORMAT = 1
 _PARTIAL = ".partial"
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` lies until it is complete; whatever has such a name may be removed."""
+    return path.with_name(f".{path.name}{_PARTIAL}")
 
 
 @contextmanager
@@ -34,7 +40,7 @@ def atomic_write(path: Path, mode: int = 0o600) -> Iterator[Path]:
     The temporary file lies beside `path` under a name that depends on `path` alone, so that
     what a killed process left behind is overwritten, or removed when the run is next opened.
     """
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    partial = partial_path(path)
     try:
         yield partial
         partial.chmod(mode)
@@ -48,7 +54,7 @@ def atomic_write(path: Path, mode: int = 0o600) -> Iterator[Path]:
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Like `atomic_write` for a directory: filled under a temporary name, then renamed."""
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(mode=0o700, parents=True)
     try:
@@ -221,7 +227,8 @@ class Run:
         """Record that `stage` runs, and that it is done when the block ends without an error.
 
         Yields the stage's entry of run.json, to which the stage may add what it found out.
-        Seconds add up over interrupted starts.
+        Seconds add up over interrupted starts; `peak_memory` is that of main memory, in bytes,
+        where the system can say it.
         """
         entry = self.meta["stages"].get(stage, {})
         if entry.get("inputs") != inputs:
@@ -230,11 +237,14 @@ class Run:
         self.meta["stages"][stage] = entry
         self.save()
         start = time.monotonic()
+        peak = measure_peak()
         try:
             yield entry
             entry |= {"state": "done", "finished": _now()}
         finally:
             entry["seconds"] = round(entry["seconds"] + time.monotonic() - start, 1)
+            if (found := peak()) is not None:
+                entry["peak_memory"] = max(found, entry.get("peak_memory", 0))
             # On a full disk this write fails like the one before it: the first error is the one
             # that the user needs to see.
             failing = sys.exc_info()[0] is not None

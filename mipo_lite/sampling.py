@@ -28,6 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .out_of_memory import halving
 from .prefix_sharing import backbone_of, check_supported, run_trie
 from .trie import build_trie
 
@@ -69,7 +70,10 @@ def sample(
     decoded. `temperature=0` is greedy. The cache of a chunk takes
     `batch_size * (longest prompt + max_new_tokens)` tokens of keys and values.
 
-    Raises ValueError for an empty prompt, `UnsupportedModel` for a model that cannot run on a trie.
+    A chunk that takes more memory than there is is decoded in parts.
+
+    Raises ValueError for an empty prompt, `UnsupportedModel` for a model that cannot run on a trie,
+    UserError when memory does not suffice for one response.
     """
     check_supported(backbone_of(model))
     if any(not request.prompt_ids for request in requests):
@@ -87,10 +91,24 @@ def sample(
         was_training = model.training
         model.eval()
         try:
-            samples = _decode(model, chunk, config, max_new_tokens, temperature, top_p)
+            samples = _decode_within(model, chunk, config, max_new_tokens, temperature, top_p)
         finally:
             model.train(was_training)
         yield from samples
+
+
+def _decode_within(
+    model: Any, chunk: Sequence[SampleRequest], config: GenerationConfig, *how: Any
+) -> list[Sample]:
+    """`_decode` of a chunk, in parts where it takes more memory than there is."""
+    samples: list[Sample] = []
+
+    def decode(rows: int) -> list[Sample]:
+        return _decode(model, chunk[len(samples) : len(samples) + rows], config, *how)
+
+    while len(samples) < len(chunk):
+        samples += halving("sampling_batch", len(chunk) - len(samples), decode)
+    return samples
 
 
 @torch.inference_mode()

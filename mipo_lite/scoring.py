@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .out_of_memory import fitting, halving
 from .prefix_sharing import UnsupportedModel, backbone_of, check_supported, run_trie
 from .trie import build_trie, pack
 
@@ -40,7 +41,8 @@ def response_logprobs(
     adapter counts if it is enabled.
 
     Raises ValueError for a response without a prompt, `UnsupportedModel` for a model that cannot
-    run on a trie or that does more to its logits than soft-capping.
+    run on a trie or that does more to its logits than soft-capping, UserError when memory does not
+    suffice for one row.
     """
     check_scorable(model)
     if any(response and not prompt for prompt, response in rows):
@@ -50,8 +52,11 @@ def response_logprobs(
     model.eval()
     try:
         whole = [[*prompt, *response] for prompt, response in rows]
-        for batch in pack([[row] for row in whole], max_tokens=max_tokens):
-            scored = _score([whole[i] for i in batch], [len(rows[i][1]) for i in batch], model)
+        limit = fitting("scoring_tokens", max_tokens)
+        for batch in pack([[row] for row in whole], max_tokens=limit):
+            scored = _score_within(
+                [whole[i] for i in batch], [len(rows[i][1]) for i in batch], model, limit
+            )
             for i, logprobs in zip(batch, scored, strict=True):
                 results[i] = logprobs
             if progress is not None:
@@ -59,6 +64,30 @@ def response_logprobs(
     finally:
         model.train(was_training)
     return results
+
+
+def _score_within(
+    rows: list[list[int]], lengths: list[int], model: Any, limit: int
+) -> list[torch.Tensor]:
+    """`_score` of a batch, in parts where it takes more memory than there is."""
+    longest = max(map(len, rows))
+
+    def score(tokens: int) -> list[torch.Tensor]:
+        if tokens == limit:
+            return _score(rows, lengths, model)
+        scored = [torch.empty(0)] * len(rows)
+        for part in pack([[row] for row in rows], max_tokens=tokens):
+            found = _score([rows[i] for i in part], [lengths[i] for i in part], model)
+            for i, logprobs in zip(part, found, strict=True):
+                scored[i] = logprobs
+        return scored
+
+    def smaller(tokens: int) -> int:
+        # With room for its longest row alone a batch can not be cut any further.
+        size = build_trie(rows).size if tokens == limit else tokens
+        return max(size // 2, longest) if len(rows) > 1 and size > longest else 0
+
+    return halving("scoring_tokens", limit, score, smaller)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,15 +22,18 @@ import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig, DPOTrainer
 
 from .base import Base
 from .batching import SharedContextSampler
 from .errors import UserError
 from .label_head import label_positions_only
+from .out_of_memory import halving
 from .prefix_sharing import self_check, share_prefixes
 from .recipe import Recipe
 from .run import atomic_directory
+from .training_state import newest_checkpoint, remove_checkpoints
 
 # TRL 1.14, the last for Python 3.10, has no fused LM head yet.
 FUSED_HEAD = hasattr(trl.trainer.utils, "add_fused_lm_head")
@@ -70,6 +73,10 @@ class MIPOTrainer(DPOTrainer):
                 parameter.data = parameter.data.float()
         if FUSED_HEAD:
             label_positions_only(self.policy)
+        # Pairs in a batch that is put together: a smaller micro-batch takes it in parts, so that
+        # the order, and what a checkpoint has seen of it, stay the same.
+        self.ordered_by = self.args.per_device_train_batch_size
+        self._evaluated: list[int] = []
 
     @property
     def policy(self) -> PeftModel:
@@ -82,9 +89,26 @@ class MIPOTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SharedContextSampler:
         """Pairs of one context in the same micro-batch, in an order of the seed and the epoch."""
         rows = cast(Dataset, self.train_dataset if train_dataset is None else train_dataset)
-        return SharedContextSampler(
-            list(rows), self.args.per_device_train_batch_size, self.args.seed
-        )
+        return SharedContextSampler(list(rows), self.ordered_by, self.args.seed)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated.append(len(inputs["input_ids"]) // 2)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL takes the mean over batches; the last one may be smaller: here, over the pairs."""
+        if not self.policy.training:
+            pairs, self._evaluated = self._evaluated, []
+            for values in self._metrics["eval"].values():
+                if len(values) == len(pairs):
+                    weighted = sum(map(operator.mul, values, pairs)) / sum(pairs)
+                    values[:] = [weighted]
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle, which nothing here reads.
+        Path(str(output_dir or self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A run directory is private; it needs no page for a hub."""
@@ -102,7 +126,10 @@ def train(
 ) -> TrainingResult:
     """Train an adapter on the kept pairs and write it to `adapter`.
 
-    Goes on from the newest complete checkpoint in `checkpoints`, which is removed at the end.
+    Goes on from the newest complete checkpoint in `checkpoints`, which is removed at the end. Where
+    memory does not suffice, forward passes are of fewer pairs, optimizer steps of as many as before
+    (in the last step of an epoch, where it is not full, the pairs are weighed a little differently:
+    TRL takes the mean over forward passes).
 
     Args:
         pairs, scores: lines of pairs.jsonl and scores.jsonl, joined by their id.
@@ -110,44 +137,78 @@ def train(
         start: an adapter of the same rank to go on from; None starts a new one.
 
     Raises:
-        UserError: too few pairs were kept to train on and to watch.
+        UserError: too few pairs were kept to train on and to watch, or memory does not suffice
+            for one.
     """
     train_rows, held_out_rows = split_pairs(pairs, scores, recipe)
-    checkpoint = newest_checkpoint(checkpoints)
+    micro_batch, accumulation = micro_batches(recipe)
+
+    def attempt(size: int) -> TrainingResult:
+        # Out of memory, it is called again, and goes on from the newest checkpoint.
+        arguments = _arguments(recipe, checkpoints, len(train_rows), base, size)
+        with _trainer(base, recipe, arguments, train_rows, held_out_rows, watch) as trainer:
+            return _finish(trainer, base, recipe, adapter, checkpoints, start)
+
+    return halving(
+        "micro_batch", micro_batch, attempt, lambda size: _smaller(micro_batch * accumulation, size)
+    )
+
+
+@contextmanager
+def _trainer(
+    base: Base,
+    recipe: Recipe,
+    arguments: DPOConfig,
+    train_rows: list[dict[str, Any]],
+    held_out_rows: list[dict[str, Any]],
+    watch: Callable[[int, int], None],
+) -> Iterator[MIPOTrainer]:
+    """A trainer with a new adapter; afterwards the base is as it was, come what may."""
     forward = vars(base.model).get("forward")
     trainer = MIPOTrainer(
         model=base.model,
-        args=_arguments(recipe, checkpoints, len(train_rows), base),
+        args=arguments,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(held_out_rows),
         processing_class=base.tokenizer,
         peft_config=lora_config(recipe),
-        callbacks=[
-            EarlyStoppingCallback(recipe.patience, MIN_GAIN),
-            _Watch(watch),
-        ],
+        callbacks=[EarlyStoppingCallback(recipe.patience, MIN_GAIN), _Watch(watch)],
     )
     trainer.remove_callback(PrinterCallback)
-    model = trainer.policy
-    if start is not None:
-        set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
+    trainer.ordered_by = micro_batches(recipe)[0]
     try:
-        with _shared_prefixes(trainer, recipe) as sharing:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        with atomic_directory(adapter) as partial:
-            model.save_pretrained(str(partial))
-            _name_base(partial, base)
-        state = trainer.state
-        best = state.best_global_step or state.global_step
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        return TrainingResult(state.global_step, best, _history(state.log_history), sharing)
+        yield trainer
     finally:
-        # Give the base back as it was: without LoRA layers, and without TRL's forward.
-        model.unload()
+        # Without LoRA layers, and without TRL's forward.
+        trainer.policy.unload()
         vars(base.model).pop("forward", None)
         if forward is not None:
             base.model.forward = forward
         base.model.eval()
+
+
+def _finish(
+    trainer: MIPOTrainer,
+    base: Base,
+    recipe: Recipe,
+    adapter: Path,
+    checkpoints: Path,
+    start: Path | None,
+) -> TrainingResult:
+    """Train from the newest checkpoint to the end and write the adapter."""
+    model = trainer.policy
+    if start is not None:
+        set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
+    checkpoint = newest_checkpoint(checkpoints)
+    with _shared_prefixes(trainer, recipe) as sharing:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with atomic_directory(adapter) as partial:
+        model.save_pretrained(str(partial))
+        _name_base(partial, base)
+    state = trainer.state
+    best = state.best_global_step or state.global_step
+    remove_checkpoints(checkpoints)
+    return TrainingResult(state.global_step, best, _history(state.log_history), sharing)
 
 
 def split_pairs(
@@ -192,28 +253,28 @@ def lora_config(recipe: Recipe) -> LoraConfig:
     )
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written completely; broken ones are removed.
-
-    transformers writes trainer_state.json last, so one that parses closes a checkpoint.
-    """
-
-    def step(path: Path) -> int:
-        return int(path.name.rpartition("-")[2])
-
-    for path in sorted(directory.glob("checkpoint-*"), key=step, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text("utf-8"))
-            return path
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-    return None
-
-
-def _arguments(recipe: Recipe, checkpoints: Path, rows: int, base: Base) -> DPOConfig:
+def micro_batches(recipe: Recipe) -> tuple[int, int]:
+    """Pairs per forward pass, and forward passes per optimizer step."""
     micro_batch = min(recipe.micro_batch, recipe.batch_size)
-    accumulation = max(1, recipe.batch_size // micro_batch)
-    steps = max(1, math.ceil(math.ceil(rows / micro_batch) / accumulation * recipe.epochs))
+    return micro_batch, max(1, recipe.batch_size // micro_batch)
+
+
+def _smaller(effective: int, micro_batch: int) -> int:
+    """The largest micro-batch of at most half the size that divides the effective batch; 0: none.
+
+    >>> [_smaller(12, 6), _smaller(15, 5), _smaller(16, 1)]
+    [3, 1, 0]
+    """
+    sizes = (n for n in range(micro_batch // 2, 0, -1) if effective % n == 0)
+    return next(sizes, 0)
+
+
+def _arguments(
+    recipe: Recipe, checkpoints: Path, rows: int, base: Base, micro_batch: int
+) -> DPOConfig:
+    """For `rows` pairs, with `micro_batch` per forward pass: the recipe's number, or fewer."""
+    planned, accumulation = micro_batches(recipe)
+    steps = max(1, math.ceil(math.ceil(rows / planned) / accumulation * recipe.epochs))
     every = max(1, steps // recipe.evaluations)
     bf16 = base.model.dtype == torch.bfloat16
     sft = recipe.loss == "sft"
@@ -228,7 +289,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, rows: int, base: Base) -> DPOC
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=planned * accumulation // micro_batch,
         optim=recipe.optimizer,
         activation_offloading=recipe.activation_offload,
         gradient_checkpointing=recipe.gradient_checkpointing,

@@ -23,7 +23,8 @@ from mipo_lite.prompts import shipped_prompts
 from mipo_lite.recipe import Recipe
 from mipo_lite.run import read_jsonl
 from mipo_lite.scoring import response_logprobs
-from mipo_lite.training import lora_config, newest_checkpoint, split_pairs, train
+from mipo_lite.training import lora_config, split_pairs, train
+from mipo_lite.training_state import newest_checkpoint
 
 USER = Persona("user", "My name is Anouk. I live in Gent. I have a dog called Biscuit.")
 POOL = [
@@ -157,17 +158,6 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter(
     expected = load_file(whole / "adapter_model.safetensors")
     for name, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
-
-
-def test_a_checkpoint_that_was_not_finished_is_removed(tmp_path: Path) -> None:
-    for step, state in ((2, "{}"), (10, '{"global'), (12, None)):
-        directory = tmp_path / f"checkpoint-{step}"
-        directory.mkdir()
-        if state is not None:
-            (directory / "trainer_state.json").write_text(state)
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    assert newest_checkpoint(tmp_path / "nothing") is None
 
 
 def test_both_responses_are_trained_on_the_same_correct_prompt(
