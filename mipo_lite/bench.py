@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from .console import console, quiet_libraries
+from .machine import resident_peak
 
 
 def run_bench(
@@ -178,29 +179,14 @@ def _memory_of(request: dict[str, Any]) -> int:
     from .bench_training import Settings, Way, make_batches
 
     settings = Settings(**request["settings"])
-    idle = _peak_memory()
+    idle = resident_peak()
     with tempfile.TemporaryDirectory() as output:
         way = Way(request["way"], settings, Path(request["directory"]), Path(output))
         [batch] = way.with_reference(make_batches(settings, way.vocab_size, 1))
         way.step(batch)
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return _peak_memory() - idle
-
-
-def _peak_memory() -> int:
-    """Peak resident set of this process, in bytes.
-
-    Linux counts VmHWM per program image; getrusage would hand a child its parent's peak.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import psutil
-
-    info = psutil.Process().memory_info()
-    return int(getattr(info, "peak_wset", info.rss))
+    return resident_peak() - idle
 
 
 def _machine() -> dict[str, Any]:

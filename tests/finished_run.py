@@ -84,7 +84,7 @@ def make_run(path: Path, *, finished: bool = True) -> Run:
     from mipo_lite.verdict import conclude
 
     stages: dict[str, Any] = {
-        "pairs": {"state": "done", "seconds": 5.0, "departures": []},
+        "pairs": {"state": "done", "seconds": 5.0, "departures": [], "peak_memory": 2**30},
         "scores": {"state": "done", "seconds": 1.0},
     }
     history = [
@@ -95,11 +95,14 @@ def make_run(path: Path, *, finished: bool = True) -> Run:
         stages["train"] = {
             "state": "done",
             "seconds": 20.0,
+            "peak_memory": 3 * 2**29,
+            "memory": {"planned": 5 * 2**30, "measured": 11 * 2**29},
             "steps": 2,
             "best_step": 2,
             "prefix_sharing": "on",
             "history": history,
         }
+        stages["baseline"] = {"state": "done", "seconds": 0.0}  # nothing was wanted of it
         stages["evaluate"] = {"state": "done", "seconds": 30.0}
         stages["export"] = {"state": "done", "seconds": 3.0}
     meta = {

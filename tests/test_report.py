@@ -14,6 +14,7 @@ from finished_run import PAGE, make_improve_run, make_run
 
 from mipo_lite.quality import pair_quality, print_quality
 from mipo_lite.report.page import mark_differences, side_by_side, write_page
+from mipo_lite.report.stages import took
 from mipo_lite.report.summary import print_summary
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -74,6 +75,16 @@ def test_page_is_well_formed_and_asks_for_nothing(page: Path) -> None:
     assert "<script" not in html
     assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", html)
     assert "default-src 'none'" in html
+
+
+def test_page_says_what_each_stage_took(page: Path) -> None:
+    html = page.read_text("utf-8")
+    assert "<dt>pairs</dt><dd>5 s, 1.0 GiB of main memory</dd>" in html
+    assert "<dd>20 s, 1.5 GiB of main memory, 5.5 GiB on the GPU (5.0 GiB planned)</dd>" in html
+    assert "<dt>evaluate</dt><dd>30 s</dd>" in html, "not measured, not mentioned"
+    assert "59 s in all, 1.5 GiB of main memory at most, 5.5 GiB on the GPU" in html
+    assert "<dt>baseline</dt>" not in html
+    assert took({"state": "running", "seconds": 2.0}) == "2 s, so far"
 
 
 def test_colours_follow_the_page(page: Path) -> None:
@@ -139,6 +150,8 @@ def test_summary_names_verdict_and_files(tmp_path: Path, capsys) -> None:
     assert "Improved: clearer about you, no leak found." in out
     assert "report.html" in out
     assert "50 %" in out and "75 %" in out
+    assert "train 20 s" in out and "baseline" not in out
+    assert "59 s in all, 1.5 GiB of main memory" in " ".join(out.split())
     assert PAGE not in out
 
 

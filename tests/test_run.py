@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,19 @@ def test_an_interrupted_stage_is_not_done_and_its_time_adds_up(
     with run.stage("train", "x"):
         pass
     assert run.meta["stages"]["train"]["seconds"] == 12.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can begin a peak anew")
+def test_the_peak_of_a_stage_is_its_own(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", {})
+    for stage, size in (("large", 256), ("small", 1)):
+        with run.stage(stage, stage):
+            bytearray(size << 20)
+    large, small = (run.meta["stages"][stage]["peak_memory"] for stage in ("large", "small"))
+    assert 200 << 20 < large - small < 300 << 20
+    with run.stage("large", "large"):  # again, from where it was interrupted
+        pass
+    assert run.meta["stages"]["large"]["peak_memory"] == large
 
 
 def test_a_full_disk_leaves_the_last_good_state(

@@ -19,6 +19,7 @@ from ..quality import pair_quality
 from ..run import Run, atomic_write, read_json, read_jsonl
 from . import plots
 from .rows import measured_rows
+from .stages import stages_run, took, took_in_all
 
 # Answers shown side by side, of each condition.
 SHOWN = 8
@@ -98,8 +99,8 @@ def page_content(run: Run) -> dict[str, Any]:
             for condition, mode, title in _CONDITIONS
             if (shown := side_by_side(answers, condition, mode))
         ],
-        "stages": [(name, entry) for name, entry in stages.items() if "seconds" in entry],
-        "seconds": sum(entry.get("seconds", 0) for entry in stages.values()),
+        "stages": [(name, took(entry)) for name, entry in stages_run(stages).items()],
+        "in_all": took_in_all(stages),
         "train": train,
         "departures": stages.get("pairs", {}).get("departures", []),
         "recipe": run.meta["recipe"],

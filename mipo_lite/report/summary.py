@@ -9,6 +9,7 @@ from rich.table import Table
 from ..console import console
 from ..run import Run, read_json
 from .rows import measured_rows
+from .stages import stages_run, took_in_all
 
 
 def print_summary(run: Run) -> None:
@@ -20,9 +21,8 @@ def print_summary(run: Run) -> None:
         console.print(f"\n[bold]{metrics['verdict']['sentence']}[/]")
         for advice in metrics["verdict"]["advice"]:
             console.print(f"  Try: {advice}")
-    times = ", ".join(f"{name} {entry['seconds']:.0f} s" for name, entry in stages.items())
-    total = sum(entry["seconds"] for entry in stages.values())
-    console.print(f"\n{times}: {total:.0f} s in all")
+    times = [f"{name} {entry['seconds']:.0f} s" for name, entry in stages_run(stages).items()]
+    console.print(f"\n{', '.join(times)}: {took_in_all(stages)}")
     for name, what in (
         ("adapter", "LoRA adapter"),
         ("merged", "merged model"),
