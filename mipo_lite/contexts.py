@@ -7,6 +7,7 @@ knows no system role get both in the user turn. What a context *says* is never i
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -18,6 +19,7 @@ import yaml
 from .errors import UserError
 
 Messages = list[dict[str, str]]
+Facts = Mapping[str, str | Sequence[str]]  # topic -> what counts as using that fact
 Split = Literal["train", "held_out"]
 
 
@@ -95,10 +97,10 @@ def load_facts(path: Path) -> dict[str, list[str]]:
         ) from error
 
 
-def accepted(facts: dict[str, str | list[str]]) -> dict[str, list[str]]:
+def accepted(facts: Facts) -> dict[str, list[str]]:
     """Facts as topic -> list of accepted strings, however briefly they were written."""
     return {
-        topic: [str(v) for v in (values if isinstance(values, list) else [values])]
+        topic: [str(v) for v in (values if isinstance(values, (list, tuple)) else [values])]
         for topic, values in facts.items()
     }
 

@@ -9,20 +9,13 @@ templates contain (`bread`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import cache
 
 from mipo_lite.builtin.chats import REQUESTS
-
-Facts = Mapping[str, str | Sequence[str]]
+from mipo_lite.contexts import Facts, accepted
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
-
-
-def accepted(facts: Facts, topic: str) -> list[str]:
-    """The strings that count as the fact of `topic`; empty if there is none."""
-    value = facts.get(topic, [])
-    return [value] if isinstance(value, str) else list(value)
 
 
 def contains(text: str, value: str) -> bool:
@@ -32,14 +25,18 @@ def contains(text: str, value: str) -> bool:
 
 def fact_use(response: str, facts: Facts, topics: Iterable[str]) -> bool | None:
     """Whether the response contains a fact of a fitting topic; None if the facts have none."""
-    fitting = [value for topic in topics for value in accepted(facts, topic)]
+    known = accepted(facts)
+    fitting = [value for topic in topics for value in known.get(topic, ())]
     if not fitting:
         return None
     return any(contains(response, value) for value in fitting)
 
 
-def words(text: str) -> set[str]:
-    """Lower-case words of a text, a possessive `'s` taken off."""
+def bare_words(text: str) -> set[str]:
+    """Lower-case words as they may stand elsewhere: both parts of `a-b`, no possessive `'s`.
+
+    Finer than `metrics.words`, which counts words as a reader does.
+    """
     return {re.sub(r"['’]s$", "", word) for word in WORD.findall(text.lower())}
 
 
@@ -49,7 +46,7 @@ def template_words() -> frozenset[str]:
     text = re.sub(r"\{\w+\}|[\[\]|]", " ", REQUESTS.read_text(encoding="utf-8"))
     fixed = "perhaps maybe well just plus minus has is that apples books coins stamps cards eggs"
     fixed += " pens cups keys balls chairs flowers tickets now"
-    return frozenset(words(text) | set(fixed.split()))
+    return frozenset(bare_words(text) | set(fixed.split()))
 
 
 def wrong_fact(response: str, facts: Facts, context: str, prompt: str) -> bool:
@@ -57,8 +54,7 @@ def wrong_fact(response: str, facts: Facts, context: str, prompt: str) -> bool:
 
     `facts` adds accepted spellings that the context itself may lack.
     """
-    known = words(context) | words(prompt) | template_words()
-    for topic in facts:
-        for value in accepted(facts, topic):
-            known |= words(value)
-    return bool(words(response) - known)
+    known = bare_words(context) | bare_words(prompt) | template_words()
+    for values in accepted(facts).values():
+        known |= bare_words(" ".join(values))
+    return bool(bare_words(response) - known)
