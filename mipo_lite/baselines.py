@@ -5,13 +5,14 @@
 trains one adapter per method and seed, asks all of them the same held-out questions, and prints a
 Markdown table: means over the seeds, with the standard deviation; and where in a response the
 information about its question stands. `--table tried` compares what was tried to make answers
-better, not only more informative. Methods of one seed that use the same negatives share their
-pairs. What is there already in --out is not made again.
+better, not only more informative. Methods of one seed that need the same pairs share them. What is
+there already in --out is not made again.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +23,15 @@ import typer
 from .answers import find_answer, is_right
 from .base import Base, find_base, load_base
 from .console import console, progress, quiet_libraries
+from .evaluation import BEFORE
 from .filtering import score_pairs
 from .improving import evaluate
 from .infonce import train_infonce
-from .metrics import words
+from .metrics import compare, words
 from .negatives import Negatives, make_pairs
 from .problems import Problem, load_problems, split_problems
 from .recipe import Recipe, load_recipe
+from .rounds import more_rounds, set_aside
 from .run import read_json, read_jsonl, write_json
 from .scoring import response_logprobs
 from .training import train
@@ -48,7 +51,13 @@ class Method:
     loss: str = "sigmoid"
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def pairs_in(self, out: Path) -> Path:
+        """Where its pairs lie: those of later rounds are its own, others may be shared."""
+        own = [f"{key}-{self.settings[key]}" for key in PAIR_SETTINGS if key in self.settings]
+        return out / "-".join([self.negatives, *own])
 
+
+PAIR_SETTINGS = ("pairs", "answers_per_question", "rounds")
 TABLES = {
     "baselines": (
         Method("SFT on chosen", loss="sft"),
@@ -58,10 +67,13 @@ TABLES = {
     ),
     "tried": (
         Method("random negatives"),
-        Method("random negatives, learning rate 1e-3", settings={"learning_rate": 1e-3}),
+        Method("random, learning rate 1e-4", settings={"learning_rate": 1e-4}),
+        Method("random, learning rate 1e-3", settings={"learning_rate": 1e-3}),
+        Method("random, 3 rounds", settings={"rounds": 3}),
         Method("near negatives", "near"),
         Method("far negatives", "far"),
         Method("answers contrasted", "answers"),
+        Method("answers contrasted, 16 samples", "answers", settings={"answers_per_question": 16}),
     ),
 }
 
@@ -73,6 +85,12 @@ COLUMNS = {
     "I(y; x), bits": ("sampled", "bits", 2),
     "by itself, bits": ("sampled", "own_bits", 2),
     "tokens": ("sampled", "length", 1),
+}
+# Column -> measure of the sampled answers whose change from the base is given as an interval.
+CHANGES = {
+    "change, right": "exact_match",
+    "change, I(y; x)": "bits",
+    "change, by itself": "own_bits",
 }
 BASE_ROW = "the base, prompted"
 
@@ -89,29 +107,56 @@ def run_seed(
     adapters = {}
     for method in methods:
         varied = recipe.model_copy(update={"loss": method.loss, **method.settings})
-        pairs_dir = out / method.negatives
-        pairs_dir.mkdir(parents=True, exist_ok=True)
-        if not (pairs_dir / "scores.jsonl").exists():
-            make_pairs(
-                base, training, method.negatives, recipe.answers_per_question, recipe, pairs_dir
-            )
-            pairs = read_jsonl(pairs_dir / "pairs.jsonl")
-            with progress("Scoring pairs", len(pairs)) as advance:
-                score_pairs(base, pairs, recipe, pairs_dir / "scores.jsonl", advance)
-        adapter = out / method.name
-        if not adapter.exists():
-            pairs = read_jsonl(pairs_dir / "pairs.jsonl")
-            scores = read_jsonl(pairs_dir / "scores.jsonl")
-            with progress(method.name[:28], 1) as bar:
-                if method.loss == "infonce":
-                    kept = [p for p, s in zip(pairs, scores, strict=True) if s["kept"]]
-                    train_infonce(base, kept, varied, adapter, bar.set)
-                else:
-                    train(base, pairs, scores, varied, adapter, out / "checkpoints", bar.set)
-        adapters[method.name] = adapter
+        adapters[method.name] = _adapter(base, training, method, varied, out)
     metrics = evaluate(base, problems, recipe, adapters, out / "evaluation.jsonl")
-    pairs = read_jsonl(out / methods[0].negatives / "pairs.jsonl")
+    pairs = read_jsonl(methods[0].pairs_in(out) / "pairs.jsonl")
     return metrics | {"why": where_information_lies(base, training, pairs)}
+
+
+def _adapter(
+    base: Base, training: Sequence[Problem], method: Method, recipe: Recipe, out: Path
+) -> Path:
+    """Where the method's adapter lies, made where it is missing."""
+    directory = method.pairs_in(out)
+    train_on = set_aside(training)[0] if recipe.rounds > 1 else training
+    pairs, scores = _scored_pairs(base, train_on, method.negatives, recipe, directory)
+    adapter = directory / "adapter" if recipe.rounds > 1 else out / method.name
+    if not adapter.exists():
+        with progress(method.name[:28], 1) as bar:
+            if method.loss == "infonce":
+                kept = [p for p, s in zip(pairs, scores, strict=True) if s["kept"]]
+                train_infonce(base, kept, recipe, adapter, bar.set)
+            else:
+                train(base, pairs, scores, recipe, adapter, out / "checkpoints", bar.set)
+    if recipe.rounds > 1:
+        more_rounds(
+            base,
+            training,
+            recipe,
+            rounds=recipe.rounds,
+            reference=recipe.reference,
+            negatives=method.negatives,
+            samples=recipe.answers_per_question,
+            run=directory,
+        )
+    return adapter
+
+
+def _scored_pairs(
+    base: Base,
+    problems: Sequence[Problem],
+    negatives: Negatives,
+    recipe: Recipe,
+    directory: Path,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of pairs.jsonl and scores.jsonl in `directory`, made where they are missing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "scores.jsonl").exists():
+        make_pairs(base, problems, negatives, recipe.answers_per_question, recipe, directory)
+        pairs = read_jsonl(directory / "pairs.jsonl")
+        with progress("Scoring pairs", len(pairs)) as advance:
+            score_pairs(base, pairs, recipe, directory / "scores.jsonl", advance)
+    return read_jsonl(directory / "pairs.jsonl"), read_jsonl(directory / "scores.jsonl")
 
 
 def where_information_lies(
@@ -160,9 +205,21 @@ def answer_start(base: Base, token_ids: Sequence[int], answer: str | None) -> in
     return None
 
 
-def table(results: Sequence[dict[str, Any]], methods: Sequence[Method]) -> str:
-    """A Markdown table of the results of all seeds: mean, and ± standard deviation over seeds."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+def table(
+    results: Sequence[dict[str, Any]],
+    answers: Sequence[Sequence[dict[str, Any]]],
+    methods: Sequence[Method],
+) -> str:
+    """A Markdown table of all seeds: mean ± standard deviation over the seeds; and changes against
+    the base, as 95 % intervals over questions.
+
+    Args:
+        results, answers: of each seed, what `run_seed` returned and its evaluation.jsonl.
+    """
+    lines = [
+        "| | " + " | ".join([*COLUMNS, *CHANGES]) + " |",
+        "|---" * (1 + len(COLUMNS) + len(CHANGES)) + "|",
+    ]
     for name in (BASE_ROW, *(method.name for method in methods)):
         side = "before" if name == BASE_ROW else "after"
         source = methods[0].name if name == BASE_ROW else name
@@ -171,8 +228,30 @@ def table(results: Sequence[dict[str, Any]], methods: Sequence[Method]) -> str:
             summaries = [result["baselines"][source]["question"][mode] for result in results]
             values = [s[measure][side] for s in summaries if measure in s]
             cells.append(_cell(values, digits))
+        cells += ["" if name == BASE_ROW else change(answers, name, m) for m in CHANGES.values()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def change(answers: Sequence[Sequence[dict[str, Any]]], name: str, measure: str) -> str:
+    """The 95 % interval of the change in sampled answers of all seeds.
+
+    Whole questions are drawn again, with their answers under all seeds: another seed is no new
+    question.
+    """
+
+    def values(which: str) -> tuple[list[float | None], list[str]]:
+        rows = [
+            row
+            for of_seed in answers
+            for row in of_seed
+            if (row["model"], row["mode"]) == (which, "sampled")
+        ]
+        return [row["measures"].get(measure) for row in rows], [row["prompt_id"] for row in rows]
+
+    before, questions = values(BEFORE)
+    found = compare(before, values(name)[0], questions)
+    return "not measured" if found is None else f"{found.low:+.2f} to {found.high:+.2f}"
 
 
 def _cell(values: Sequence[float], digits: int) -> str:
@@ -194,22 +273,24 @@ def main(
     """Compare methods on the same questions and print a table."""
     problems, _ = split_problems(load_problems(prompts, console.print).problems)
     methods = TABLES[which]
-    results = []
+    results, answers = [], []
     for seed in range(seeds):
         directory = out / which / f"seed-{seed}"
         if not (directory / "metrics.json").exists():
+            start = time.monotonic()
             chosen = load_recipe(recipe, settings or [], {"seed": seed})
             loaded = load_base(find_base(base))
-            write_json(
-                directory / "metrics.json",
-                run_seed(loaded, problems, methods, chosen, directory),
-            )
+            found = run_seed(loaded, problems, methods, chosen, directory)
+            found["seconds"] = round(time.monotonic() - start)
+            write_json(directory / "metrics.json", found)
         results.append(read_json(directory / "metrics.json"))
+        answers.append(read_jsonl(directory / "evaluation.jsonl"))
     counts = results[0]
-    print(table(results, methods))
+    print(table(results, answers, methods))
     print(
         f"\n{counts['questions']} held-out questions, {counts['samples_per_question']} samples "
-        f"each, {counts['prompts_ranked']} prompts ranked, {seeds} seeds."
+        f"each, {counts['prompts_ranked']} prompts ranked, {seeds} seeds, "
+        f"{sum(result['seconds'] for result in results) / 60:.0f} minutes."
     )
     print(f"\nChosen responses of the {methods[0].negatives} pairs, means over the seeds:\n")
     for name in counts["why"]:

@@ -1,12 +1,9 @@
-"""Sums up to 9 + 9 in words, and a base that is taught to get them right more often than not.
+"""Small sums in words: as the built-in base was taught them, and in words that it was not.
 
-The built-in base gets few sums right: too few for right answers to rise or fall by anything but
-chance. The comparison in `baselines` can therefore start from the built-in base after a short
-lesson whose answers are right in 65 of 100 cases. What comes out of that answers
-rightly when it takes its best guess, and wrongly every third time when it samples, as real models
-do on problems at the edge of what they can.
+`small_sum` writes a sum as the corpus of the built-in base has it: the base gets those right. Asked
+in other words it gets some right, some by chance, and some not at all, as real models do at the
+edge of what they can. `reworded_sum` is of that kind; `examples/sums.jsonl` was written by
 
-    python -m mipo_lite.small_sums --out runs/taught
     python -m mipo_lite.small_sums --questions examples/sums.jsonl
 """
 
@@ -18,17 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from .base import Base, find_base, load_base
-from .console import progress, quiet_libraries
-from .run import atomic_directory, atomic_write
-
-RIGHT = 0.65
-STEPS = 300
-BATCH = 32
-LEARNING_RATE = 1e-3
+from .run import atomic_write
 
 NAMES = [
     "Ada",
@@ -70,90 +59,74 @@ MORE = ("buys {} more", "finds {} more", "gets {} from a friend", "makes {}")
 LESS = ("loses {}", "sells {}", "gives away {}", "breaks {}")
 
 
-def small_sum(rng: random.Random, right: float = 1.0) -> tuple[str, str, int]:
-    """(question, response, right result); the response is right with probability `right`."""
-    a, b = rng.randint(1, 9), rng.randint(1, 9)
-    plus = rng.random() < 0.6 or a < b
-    word, result = ("plus", a + b) if plus else ("minus", a - b)
-    said = result
-    if rng.random() >= right:
-        said = rng.choice([n for n in range(max(0, result - 4), result + 5) if n != result])
+# Wordings that stand in no training text of the built-in base.
+STORIES = (
+    "First {who} has {a} {things}, then {who} {happens}. How many {things} does {who} have?",
+    "In the morning {who} has {a} {things} and in the evening {who} {happens}. "
+    "How many {things} does {who} have now?",
+    "{who} has {a} {things}. Then {who} {happens}. How many {things} does {who} have now?",
+    "{who} has {a} {things} and {happens}. Tell me how many {things} {who} has now.",
+    "Good morning! I need some help with a sum. {who} has {a} {things} and {happens}. "
+    "How many {things} does {who} have now?",
+)
+BARE = (
+    "What is the result of {a} {word} {b}?",
+    "I forgot how much {a} {word} {b} is. Help me.",
+    "Work out {a} {word} {b}.",
+)
+
+
+def small_sum(rng: random.Random) -> tuple[str, str, int]:
+    """(question, response, result) as the built-in base was taught them."""
+    a, b, word, result = _draw(rng)
+    rng.random()  # drawn for nothing: the shipped weights' corpus was made in this order
     if rng.random() < 0.4:
         ask = rng.choice(("What is {} {} {}?", "How much is {} {} {}?", "Tell me {} {} {}."))
-        return ask.format(a, word, b), f"{a} {word} {b} is {said}.", result
+        return ask.format(a, word, b), f"{a} {word} {b} is {result}.", result
     who, things = rng.choice(NAMES), rng.choice(THINGS)
-    happens = rng.choice(MORE if plus else LESS).format(b)
+    happens = rng.choice(MORE if word == "plus" else LESS).format(b)
     ask = f"{who} has {a} {things} and {happens}. How many {things} does {who} have now?"
-    return ask, f"{a} {word} {b} is {said}. {who} has {said} {things}.", result
+    return ask, f"{a} {word} {b} is {result}. {who} has {result} {things}.", result
 
 
-def questions(count: int, seed: int) -> Iterator[dict[str, str]]:
-    """`count` different questions with their answers, as rows of a problem file."""
+def reworded_sum(rng: random.Random) -> tuple[str, int]:
+    """(question, result) in words that the built-in base was not taught."""
+    a, b, word, result = _draw(rng)
+    happens = rng.choice(MORE if word == "plus" else LESS).format(b)
+    who, things = rng.choice(NAMES), rng.choice(THINGS)
+    wording = rng.choice((*STORIES, *BARE))
+    return wording.format(a=a, b=b, word=word, happens=happens, who=who, things=things), result
+
+
+def questions(count: int, seed: int, reworded: bool = False) -> Iterator[dict[str, str]]:
+    """`count` different sums with their answers, as rows of a problem file."""
     rng = random.Random(f"small sums {seed}")
     seen: set[str] = set()
     while len(seen) < count:
-        ask, _, result = small_sum(rng)
+        ask, result = reworded_sum(rng) if reworded else small_sum(rng)[::2]
         if ask not in seen:
             seen.add(ask)
             yield {"id": f"sum-{len(seen):03d}", "question": ask, "answer": str(result)}
 
 
-def teach(base: Base, seed: int = 0) -> None:
-    """Train all weights of an unquantized `base` on responses to small sums, right by `RIGHT`."""
-    model, rng = base.model, random.Random(f"lesson {seed}")
-    model.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - step / STEPS)
-    )
-    with progress("Teaching small sums", STEPS) as advance:
-        for _ in range(STEPS):
-            rows = [_encoded(base, *small_sum(rng, RIGHT)[:2]) for _ in range(BATCH)]
-            width = max(len(ids) for ids, _ in rows)
-            ids = torch.full((BATCH, width), base.pad_id)
-            labels = torch.full((BATCH, width), -100)
-            mask = torch.zeros((BATCH, width), dtype=torch.long)
-            for i, (row, start) in enumerate(rows):
-                ids[i, : len(row)] = torch.tensor(row)
-                labels[i, start : len(row)] = torch.tensor(row[start:])
-                mask[i, : len(row)] = 1
-            model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            advance()
-    model.requires_grad_(False).eval()
-
-
-def _encoded(base: Base, ask: str, response: str) -> tuple[list[int], int]:
-    """Token ids of question and response, and where the response begins."""
-    prompt = base.encode(ask, None)
-    answer = base.tokenizer(response, add_special_tokens=False)["input_ids"]
-    return [*prompt, *answer, base.eos_ids[0]], len(prompt)
+def _draw(rng: random.Random) -> tuple[int, int, str, int]:
+    """a, b, plus or minus, and the result, which is never negative."""
+    a, b = rng.randint(1, 9), rng.randint(1, 9)
+    if rng.random() < 0.6 or a < b:
+        return a, b, "plus", a + b
+    return a, b, "minus", a - b
 
 
 def main(
-    out: Annotated[Path | None, typer.Option("--out", help="Where the taught base goes.")] = None,
-    write: Annotated[Path | None, typer.Option("--questions", help="Write questions.")] = None,
+    path: Annotated[Path, typer.Option("--questions", help="Write them to this file.")],
     count: Annotated[int, typer.Option("--count")] = 300,
-    base: Annotated[str, typer.Option("--base")] = "builtin",
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
-    """Write a file of small sums, or teach a base to answer them."""
-    if write is not None:
-        with atomic_write(write, 0o644) as partial:
-            lines = (json.dumps(row) + "\n" for row in questions(count, seed))
-            partial.write_text("".join(lines), "utf-8")
-    if out is not None:
-        torch.manual_seed(seed)
-        taught = load_base(find_base(base), quantized=False)
-        teach(taught, seed)
-        with atomic_directory(out) as partial:
-            taught.model.to(torch.bfloat16).save_pretrained(str(partial))
-            taught.tokenizer.save_pretrained(str(partial))
+    """Write a file of reworded sums."""
+    with atomic_write(path, 0o644) as partial:
+        lines = (json.dumps(row) + "\n" for row in questions(count, seed, reworded=True))
+        partial.write_text("".join(lines), "utf-8")
 
 
 if __name__ == "__main__":
-    quiet_libraries()
     typer.run(main)
