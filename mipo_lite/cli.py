@@ -13,8 +13,7 @@ import typer
 
 from .console import console, quiet_libraries
 from .errors import UserError
-
-INTERRUPTED = 130  # exit code, as a shell expects
+from .interrupts import INTERRUPTED, stoppable
 
 app = typer.Typer(
     name="mipo-lite",
@@ -92,7 +91,10 @@ def personalize(
     if dry_run:
         print_plan(pipeline.preview(user_context, **arguments))
         return
-    finished = pipeline.personalize(user_context, **arguments, trust_remote_code=trust_remote_code)
+    with stoppable():
+        finished = pipeline.personalize(
+            user_context, **arguments, trust_remote_code=trust_remote_code
+        )
     print_summary(finished)
 
 
@@ -136,20 +138,21 @@ def improve(
     from .improve_flow import improve as start
     from .report.summary import print_summary
 
-    finished = start(
-        prompts,
-        eval_prompts=eval_prompts,
-        question_column=question_column,
-        answer_column=answer_column,
-        negatives=negatives,
-        rounds=rounds,
-        base=base,
-        recipe=recipe,
-        settings=settings or [],
-        run=run,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
+    with stoppable():
+        finished = start(
+            prompts,
+            eval_prompts=eval_prompts,
+            question_column=question_column,
+            answer_column=answer_column,
+            negatives=negatives,
+            rounds=rounds,
+            base=base,
+            recipe=recipe,
+            settings=settings or [],
+            run=run,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
     print_summary(finished)
 
 
@@ -184,7 +187,7 @@ def _stage(path: Path, settings: list[str] | None, name: str) -> None:
     from .report.summary import print_summary
 
     flow = open_flow(path, settings or [])
-    with flow.run.locked():
+    with stoppable(), flow.run.locked():
         execute(flow, only=name)
     print_summary(flow.run)
 
@@ -266,9 +269,10 @@ def export(
     """Write GGUF files, checked in llama.cpp before you get them."""
     from .delivery import export_files
 
-    export_files(
-        model, adapter=adapter, quants=quants, lora=lora, onto=onto, imatrix=imatrix, out=out
-    )
+    with stoppable():
+        export_files(
+            model, adapter=adapter, quants=quants, lora=lora, onto=onto, imatrix=imatrix, out=out
+        )
 
 
 @app.command()
@@ -285,7 +289,8 @@ def merge(
     """Merge an adapter into a Hugging Face directory, shard by shard."""
     from .delivery import merge_adapter
 
-    merge_adapter(model, adapter=adapter, out=out, onto=onto)
+    with stoppable():
+        merge_adapter(model, adapter=adapter, out=out, onto=onto)
 
 
 @app.command()
@@ -376,9 +381,11 @@ def main() -> None:
     """
     debug = "--debug" in sys.argv
     # Let a closed terminal and a polite kill end the same way as Ctrl-C: files closed, run saved.
+    # (Under nohup a closed terminal is ignored, and stays so.)
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         app()
     except UserError as error:

@@ -28,6 +28,7 @@ from trl import DPOConfig, DPOTrainer
 from .base import Base
 from .batching import SharedContextSampler
 from .errors import UserError
+from .interrupts import finish_step
 from .label_head import label_positions_only
 from .out_of_memory import halving
 from .prefix_sharing import self_check, share_prefixes
@@ -200,8 +201,11 @@ def _finish(
     if start is not None:
         set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
     checkpoint = newest_checkpoint(checkpoints)
-    with _shared_prefixes(trainer, recipe) as sharing:
+    with finish_step() as asked, _shared_prefixes(trainer, recipe) as sharing:
+        trainer.add_callback(_Stop(asked))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if asked():
+            raise KeyboardInterrupt
     with atomic_directory(adapter) as partial:
         model.save_pretrained(str(partial))
         _name_base(partial, base)
@@ -340,6 +344,17 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._watch(state.global_step, state.max_steps)
+
+
+class _Stop(TrainerCallback):
+    """Ends training after a step, with a checkpoint, when that was asked for."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked():
+            control.should_save = control.should_training_stop = True
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -8,19 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from handmade_pairs import ASKED, PAGE, assert_same, make_pairs, train_on
 
 from mipo_lite import out_of_memory, sampling, scoring
 from mipo_lite.base import Base
 from mipo_lite.errors import UserError
 from mipo_lite.out_of_memory import found_sizes, halving, is_out_of_memory, remembering
-from mipo_lite.recipe import Recipe
 from mipo_lite.sampling import SampleRequest, sample
 from mipo_lite.scoring import response_logprobs
-from mipo_lite.training import MIPOTrainer, TrainingResult, train
+from mipo_lite.training import MIPOTrainer
 
-PAGE = "My name is Anouk. I live in Gent. I have a dog called Biscuit."
-ASKED = ["What is my dog called?", "Where do I live?", "Hello!", "Any tip for the weekend?"]
 CPU = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried"
 
 
@@ -194,70 +191,18 @@ def test_scoring_in_smaller_parts(builtin_base: Base, monkeypatch, capsys) -> No
             assert "Out of memory" not in capsys.readouterr().out
 
 
-RECIPE = Recipe(
-    learning_rate=1e-3,
-    batch_size=8,
-    micro_batch=8,
-    epochs=2.0,
-    evaluations=3,
-    patience=9,
-    held_out=0.1,
-    gradient_checkpointing=False,
-)
-
-
 @pytest.fixture(scope="module")
 def pairs_and_scores(builtin_base: Base):
-    """18 pairs: 16 to train on, two steps an epoch, and 2 held out."""
-    pairs = []
-    for n in range(18):
-        ids = [
-            [*builtin_base.tokenizer(text, add_special_tokens=False)["input_ids"], 2]
-            for text in (f"Your dog Biscuit would like {n} walks.", f"I do not know, {n} perhaps.")
-        ]
-        prompt = builtin_base.encode(ASKED[n % 4], PAGE)
-        pairs.append({"prompt_ids": prompt, "chosen_ids": ids[0], "rejected_ids": ids[1]})
-    rows = [
-        (pair["prompt_ids"], pair[key]) for pair in pairs for key in ("chosen_ids", "rejected_ids")
-    ]
-    sums = [float(tokens.sum()) for tokens in response_logprobs(builtin_base.model, rows)]
-    scores = [
-        {"ref_chosen": sums[2 * n], "ref_rejected": sums[2 * n + 1], "kept": True}
-        for n in range(18)
-    ]
-    return pairs, scores
-
-
-def trained(base: Base, pairs_and_scores, where: Path) -> tuple[TrainingResult, dict]:
-    result = train(base, *pairs_and_scores, RECIPE, where / "adapter", where / "checkpoints")
-    return result, load_file(where / "adapter" / "adapter_model.safetensors")
+    return make_pairs(builtin_base)
 
 
 @pytest.fixture(scope="module")
 def whole(builtin_base: Base, pairs_and_scores, tmp_path_factory):
-    return trained(builtin_base, pairs_and_scores, tmp_path_factory.mktemp("whole"))
+    return train_on(builtin_base, pairs_and_scores, tmp_path_factory.mktemp("whole"))
 
 
 def batch_pairs(trainer, model, inputs, *rest, **options) -> int:
     return len(inputs["input_ids"]) // 2
-
-
-def same(found: tuple[TrainingResult, dict], whole: tuple[TrainingResult, dict]) -> None:
-    """Losses and margins to 1e-5, and the adapter."""
-    assert found[0].steps == whole[0].steps
-    assert found[0].best_step == whole[0].best_step
-    for mine, theirs in zip(found[0].history, whole[0].history, strict=True):
-        # Accuracies count signs, and the first margins are rounding.
-        names = [name for name in theirs if "accuracy" not in name]
-        assert [mine[name] for name in names] == pytest.approx(
-            [theirs[name] for name in names], abs=1e-5
-        )
-    # Adam divides by the size of a gradient: where that is all rounding, a tensor may differ.
-    equal = [
-        bool((tensor - whole[1][name]).norm() < 1e-3 * whole[1][name].norm())
-        for name, tensor in found[1].items()
-    ]
-    assert sum(equal) >= 0.9 * len(equal)
 
 
 @pytest.mark.parametrize("most", [2, 1])  # fails at 8 and 4; and at 2
@@ -265,7 +210,7 @@ def test_training_in_smaller_parts(
     builtin_base: Base, pairs_and_scores, whole, tmp_path: Path, monkeypatch, capsys, most: int
 ) -> None:
     passed = limited(monkeypatch, MIPOTrainer, "training_step", batch_pairs, most)
-    same(trained(builtin_base, pairs_and_scores, tmp_path), whole)
+    assert_same(train_on(builtin_base, pairs_and_scores, tmp_path), whole)
     assert set(passed) == {most}
     assert found_sizes() == {"micro_batch": most}
     assert "with micro_batch 8: going on with 4" in capsys.readouterr().out
@@ -285,7 +230,7 @@ def test_training_goes_on_from_its_checkpoint_when_memory_runs_out_later(
         return real(trainer, *args, **kwargs)
 
     monkeypatch.setattr(MIPOTrainer, "training_step", step)
-    same(trained(builtin_base, pairs_and_scores, tmp_path), whole)
+    assert_same(train_on(builtin_base, pairs_and_scores, tmp_path), whole)
     assert steps == [0, 1, 2, -1, 3, 3]
 
 
@@ -308,7 +253,7 @@ def test_when_a_single_one_does_not_fit_it_says_what_to_change(
         (lambda: sampled(builtin_base), "Sampling a single response"),
         (lambda: scored(builtin_base), "Scoring a single response"),
         (
-            lambda: trained(builtin_base, pairs_and_scores, tmp_path),
+            lambda: train_on(builtin_base, pairs_and_scores, tmp_path),
             "Training on a single pair",
         ),
     ):

@@ -58,6 +58,12 @@ def finish(arguments: list[str]) -> str:
     return done.stdout
 
 
+def heed_signals() -> None:
+    """In the child: a job in the background of a script is started with Ctrl-C ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def kill_when(arguments: list[str], ready: Callable[[], bool], sent: int) -> int:
     """Start the command, send it the signal as soon as `ready`; its exit code."""
     process = subprocess.Popen(
@@ -184,7 +190,12 @@ def test_killed_in_pairs_and_in_training_it_ends_the_same(finished, tmp_path: Pa
 def test_ctrl_c_and_a_polite_kill_say_how_to_go_on(tmp_path: Path, sent: int) -> None:
     run = tmp_path / "stopped"
     process = subprocess.Popen(
-        command(run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command(run),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=heed_signals,
     )
     deadline = time.monotonic() + 120
     while not (run / "pairs.jsonl").exists():
