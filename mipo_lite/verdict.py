@@ -229,6 +229,8 @@ def _reasons(metrics: dict[str, Any]) -> list[str]:
         entry = figure(metrics, *where)
         if entry is not None:
             sure = "" if entry["low"] > 0 or entry["high"] < 0 else " (within chance)"
+            if entry["low"] == entry["high"] == 0:
+                sure = " (unchanged)"
             found.append(f"{what}: {show(entry['before'])} → {show(entry['after'])}{sure}")
     return found
 

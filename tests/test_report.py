@@ -14,6 +14,7 @@ from finished_run import PAGE, make_improve_run, make_run
 
 from mipo_lite.quality import pair_quality, print_quality
 from mipo_lite.report.page import mark_differences, side_by_side, write_page
+from mipo_lite.report.rows import Row
 from mipo_lite.report.stages import took
 from mipo_lite.report.summary import print_summary
 
@@ -98,6 +99,7 @@ def test_colours_follow_the_page(page: Path) -> None:
 def test_personal_text_is_escaped(page: Path) -> None:
     html = page.read_text("utf-8")
     assert "What is &lt;request&gt; 0?" in html
+    assert "6 of 6 answers differ" in html
     assert "<request>" not in html and "Request <0>" not in html
 
 
@@ -123,12 +125,12 @@ def test_differences_are_marked_word_by_word() -> None:
     assert mark_differences("", "New.") == ([], [(True, "New.")])
 
 
-def test_side_by_side_shows_what_differs_first() -> None:
+def test_side_by_side_shows_what_differs() -> None:
     def row(model: str, prompt: str, text: str) -> dict:
         where = {"condition": "with_context", "mode": "greedy", "sample": 0}
         return where | {"model": model, "prompt_id": prompt, "prompt": prompt, "text": text}
 
-    shown = side_by_side(
+    shown, asked = side_by_side(
         [
             row("before", "a", "Yes."),
             row("before", "b", "No."),
@@ -139,7 +141,8 @@ def test_side_by_side_shows_what_differs_first() -> None:
         "with_context",
         "greedy",
     )
-    assert [pair.prompt for pair in shown] == ["b", "a"]
+    assert [pair.prompt for pair in shown] == ["b"]
+    assert asked == 2
 
 
 def test_summary_names_verdict_and_files(tmp_path: Path, capsys) -> None:
@@ -153,6 +156,16 @@ def test_summary_names_verdict_and_files(tmp_path: Path, capsys) -> None:
     assert "train 20 s" in out and "baseline" not in out
     assert "59 s in all, 1.5 GiB of main memory" in " ".join(out.split())
     assert PAGE not in out
+
+
+def test_figures_read_as_one_writes_them() -> None:
+    share, nats, log = (Row(("", "", ""), "", unit, 0) for unit in ("%", "nats", "exp"))
+    assert [share.show_change(v) for v in (0.25, -0.25, 0.001, -0.001)] == ["+25", "−25", "0", "0"]
+    assert [nats.show_change(v) for v in (1.5, -0.001)] == ["+1.50", "0.00"]
+    assert [log.show(v) for v in (2.0, 8.0)] == ["7.39", "2,981"]
+    assert log.show_interval({"low": -0.1, "high": 0.1}) == "× 0.90 to 1.11"
+    assert nats.show_interval({"low": -1.0, "high": 0.0}) == "−1.00 to 0.00"
+    assert share.show_interval({"low": 0.0, "high": 0.0}) == "", "nothing changed at all"
 
 
 def pairs_with(contrasts: list[float], kept: list[bool] | None = None):

@@ -26,7 +26,7 @@ SHOWN = 8
 _STAGES = ("pairs", "scores", "train", "evaluate", "export")
 _CONDITIONS = (
     ("with_context", "greedy", "With your page"),
-    ("without_context", "greedy", "Without your page"),
+    ("without_context", "sampled", "Without your page"),
     ("other_context", "sampled", "With somebody else's page"),
     ("neutral", "sampled", "Where your page is no matter"),
     ("question", "greedy", "Held-out questions"),
@@ -95,10 +95,12 @@ def page_content(run: Run) -> dict[str, Any]:
         "quality": quality,
         "plots": _plots(quality, train.get("history", []), answers, ranked),
         "answers": [
-            (title, shown)
+            (title, *found)
             for condition, mode, title in _CONDITIONS
-            if (shown := side_by_side(answers, condition, mode))
+            if (found := side_by_side(answers, condition, mode))[1]
         ],
+        "shown": SHOWN,
+        "choices": stages.get("scores", {}).get("choices", 0),
         "stages": [(name, took(entry)) for name, entry in stages_run(stages).items()],
         "in_all": took_in_all(stages),
         "train": train,
@@ -115,9 +117,9 @@ def page_content(run: Run) -> dict[str, Any]:
 
 
 def side_by_side(
-    answers: Sequence[dict[str, Any]], condition: str, mode: str, limit: int = SHOWN
-) -> list[SideBySide]:
-    """The first answers before and after to the same prompts, those that differ first."""
+    answers: Sequence[dict[str, Any]], condition: str, mode: str
+) -> tuple[list[SideBySide], int]:
+    """First answers before and after to the same prompts: those that differ; how many in all."""
     sides: dict[tuple[str, str], dict[str, str]] = {}
     for row in answers:
         if (row["condition"], row["mode"], row["sample"]) == (condition, mode, 0):
@@ -128,8 +130,8 @@ def side_by_side(
         for (_, prompt), texts in sides.items()
         if {"before", "after"} <= texts.keys()
     ]
-    pairs.sort(key=lambda pair: pair[1] == pair[2])
-    return [SideBySide(prompt, *mark_differences(b, a)) for prompt, b, a in pairs[:limit]]
+    differing = [SideBySide(prompt, *mark_differences(b, a)) for prompt, b, a in pairs if b != a]
+    return differing, len(pairs)
 
 
 def mark_differences(before: str, after: str) -> tuple[Parts, Parts]:

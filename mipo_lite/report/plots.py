@@ -61,7 +61,9 @@ def training_plot(history: Sequence[dict[str, float]]) -> str:
                 axes.axhline(math.log(2), color=FAINT, linewidth=1, linestyle="--")
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("step")
-            axes.legend(fontsize=8)
+            axes.locator_params(nbins=4)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
     return _svg(draw, "training")
 
@@ -138,7 +140,8 @@ def _histograms(
 def _svg(draw: Callable[[Figure], Any], name: str) -> str:
     """Draw, and return an <svg> element that scales with the page."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
-        figure = Figure(figsize=(6.4, 2.9), layout="constrained")
+        # Small, so that its text is still read when a phone shows it small.
+        figure = Figure(figsize=(4.8, 2.5), layout="constrained")
         draw(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)

@@ -30,15 +30,23 @@ class Row:
         if self.unit == "%":
             return f"{100 * value:.0f} %"
         if self.unit == "exp":
-            return f"{math.exp(value):.3g}"
+            plain = math.exp(value)
+            return f"{plain:,.0f}" if plain >= 100 else f"{plain:.3g}"
         return f"{value:.2f}"
 
     def show_change(self, value: float) -> str:
-        if self.unit == "%":
-            return f"{100 * value:+.0f}"
         if self.unit == "exp":
             return f"× {math.exp(value):.2f}"
-        return f"{value:+.2f}"
+        text = f"{100 * value:+.0f}" if self.unit == "%" else f"{value:+.2f}"
+        # What is rounded to nothing has no sign.
+        return text.replace("-", "−") if text.strip("+-0.") else text[1:]
+
+    def show_interval(self, entry: dict[str, Any]) -> str:
+        """The 95 % interval of the change; "" when no measurement changed at all."""
+        if entry["low"] == entry["high"] == 0:
+            return ""
+        high = self.show_change(entry["high"]).removeprefix("× ")
+        return f"{self.show_change(entry['low'])} to {high}"
 
 
 _WITH = ("with_context", "sampled")

@@ -72,12 +72,11 @@ def _table(metrics: dict[str, Any]) -> Table:
         table.add_row(f"[dim]{title}[/]")
         for row, entry in rows:
             unit = f", {row.unit}" if row.unit not in ("%", "exp") else ""
-            low, high = row.show_change(entry["low"]), row.show_change(entry["high"])
             table.add_row(
                 row.name + unit,
                 row.show(entry["before"]),
                 row.show(entry["after"]),
                 row.show_change(entry["difference"]),
-                f"{low} to {high}",
+                row.show_interval(entry),
             )
     return table
