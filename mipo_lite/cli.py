@@ -184,11 +184,13 @@ def evaluate(run: RunArgument, settings: SetOption = None) -> None:
 def _stage(path: Path, settings: list[str] | None, name: str) -> None:
     from .flow import execute
     from .pipeline import open_flow
+    from .report.page import write_page
     from .report.summary import print_summary
 
     flow = open_flow(path, settings or [])
     with stoppable(), flow.run.locked():
         execute(flow, only=name)
+        write_page(flow.run)
     print_summary(flow.run)
 
 

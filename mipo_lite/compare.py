@@ -125,8 +125,13 @@ class Comparisons:
 def load_comparisons(run: Run) -> Comparisons:
     """What the evaluation asked, with the user's page; and what `answer_own` added.
 
-    Raises UserError when there is nothing to compare.
+    Raises UserError when there is nothing to compare, or nothing of what was trained last.
     """
+    if run.meta["stages"].get("evaluate", {}).get("state") == "stale":
+        raise UserError(
+            f"{run.path} was trained anew since its answers were given.",
+            f"Run `mipo-lite evaluate {run.path}` first.",
+        )
     answers = [
         row
         for row in read_jsonl(run / "evaluation.jsonl")

@@ -153,6 +153,7 @@ def execute(flow: Flow, only: str | None = None) -> None:
     for stage, inputs in fingerprints(flow):
         if not flow.run.is_done(stage.name, inputs):
             _start_over_if_stale(flow.run, stage, inputs)
+            _outdate_later(flow, stage)
             with (
                 flow.run.stage(stage.name, inputs) as entry,
                 remembering(sizes, flow.run.save),
@@ -183,6 +184,13 @@ def _start_over_if_stale(run: Run, stage: Stage, inputs: str) -> None:
     for name in stage.files:
         path = run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _outdate_later(flow: Flow, stage: Stage) -> None:
+    """Mark what later stages made of an earlier result: it stays, and nobody takes it for new."""
+    for later in flow.stages[flow.stages.index(stage) + 1 :]:
+        if (entry := flow.run.meta["stages"].get(later.name)) is not None:
+            entry |= {"state": "stale", "inputs": None}
 
 
 def _check_same(run: Run, inputs: dict[str, Any]) -> None:

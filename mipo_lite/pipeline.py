@@ -348,7 +348,7 @@ STAGES = (
             "patience",
             "evaluations",
         ),
-        ("adapter", "checkpoints"),
+        ("adapter", "checkpoints", "compare.jsonl"),  # answers of the adapter to own requests
     ),
     Stage("baseline", _train_baseline, ("sft_baseline",), ("sft",)),
     Stage(

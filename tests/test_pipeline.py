@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from mipo_lite import pipeline
 from mipo_lite.base import BUILTIN
-from mipo_lite.compare import choice_pairs, judged_prompts
+from mipo_lite.compare import choice_pairs, judged_prompts, load_comparisons
 from mipo_lite.errors import UserError
 from mipo_lite.flow import execute, fingerprints
 from mipo_lite.gguf.verify import (
@@ -27,6 +27,8 @@ from mipo_lite.gguf.verify import (
     torch_distributions,
 )
 from mipo_lite.prompts import may_matter
+from mipo_lite.report.page import write_page
+from mipo_lite.report.summary import print_summary
 from mipo_lite.run import Run, append_jsonl, read_json, read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -302,6 +304,32 @@ def test_choices_are_trained_on_and_not_measured(copied: Path, builtin_base) -> 
     execute(flow, only="scores")
     assert (copied / "pairs.jsonl").read_bytes() == sampled
     assert len(read_jsonl(copied / "scores.jsonl")) == 24
+
+
+def test_what_a_new_training_outdates_is_not_shown_as_its_result(
+    copied: Path, builtin_base, capsys
+) -> None:
+    append_jsonl(copied / "compare.jsonl", [{"prompt": "Mine?"}])
+    flow = pipeline.open_flow(copied, ["epochs=0.5"])
+    flow.base = builtin_base
+    execute(flow, only="train")
+    states = {name: entry["state"] for name, entry in Run(copied).meta["stages"].items()}
+    assert states["train"] == "done"
+    assert {states[name] for name in ("evaluate", "export", "report")} == {"stale"}
+    with pytest.raises(UserError, match="trained anew since"):
+        load_comparisons(flow.run)
+    assert not (copied / "compare.jsonl").exists(), "answers of the adapter before"
+    capsys.readouterr()
+    print_summary(flow.run)
+    output = capsys.readouterr().out
+    assert "Not made anew yet: evaluate, export." in output
+    assert "before" not in output and "GGUF:" not in output
+    html = write_page(flow.run).read_text("utf-8")
+    assert "evaluate, export still to do" in html and "Before and after" not in html
+    assert (copied / "gguf" / "whole-Q4_K_M.gguf").is_file(), "it stays until it is made anew"
+
+    # Back to the first settings: what was recorded for them is no longer there to rely on.
+    assert "evaluate" in stale_stages(pipeline.open_flow(copied, ["epochs=2"]))
 
 
 def test_choices_that_are_not_there_are_asked_for(copied: Path) -> None:

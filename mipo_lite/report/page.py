@@ -19,7 +19,7 @@ from ..quality import pair_quality
 from ..run import Run, atomic_write, read_json, read_jsonl
 from . import plots
 from .rows import measured_rows
-from .stages import stages_run, took, took_in_all
+from .stages import current, stages_run, took, took_in_all
 
 # Answers shown side by side, of each condition.
 SHOWN = 8
@@ -32,15 +32,15 @@ _CONDITIONS = (
     ("question", "greedy", "Held-out questions"),
 )
 _FILES = (
-    ("adapter", "the LoRA adapter, to load with PEFT"),
-    ("merged", "the merged model, a Hugging Face directory"),
-    ("gguf", "for llama.cpp, Ollama and others"),
-    ("pairs.jsonl", "the preference pairs, with your page in them"),
-    ("scores.jsonl", "log-probs and PMI of each pair"),
-    ("evaluation.jsonl", "every answer of the evaluation"),
-    ("metrics.json", "every figure of this page"),
-    ("choices.jsonl", "your choices in the blind test"),
-    ("run.json", "settings, versions, times"),
+    ("train", "adapter", "the LoRA adapter, to load with PEFT"),
+    ("export", "merged", "the merged model, a Hugging Face directory"),
+    ("export", "gguf", "for llama.cpp, Ollama and others"),
+    ("pairs", "pairs.jsonl", "the preference pairs, with your page in them"),
+    ("scores", "scores.jsonl", "log-probs and PMI of each pair"),
+    ("evaluate", "evaluation.jsonl", "every answer of the evaluation"),
+    ("evaluate", "metrics.json", "every figure of this page"),
+    ("pairs", "choices.jsonl", "your choices in the blind test"),
+    ("pairs", "run.json", "settings, versions, times"),
 )
 
 Parts = list[tuple[bool, str]]
@@ -73,12 +73,13 @@ def write_page(run: Run) -> Path:
 
 def page_content(run: Run) -> dict[str, Any]:
     """What the template shows; parts that the run does not hold yet are None or empty."""
-    metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else None
+    stages = current(run.meta["stages"])
+    evaluated = "evaluate" in stages and (run / "metrics.json").is_file()
+    metrics = read_json(run / "metrics.json") if evaluated else None
     answers = _answers(run) if metrics else []
     ranked = metrics.get("contexts", metrics.get("prompts_ranked", 2)) if metrics else 2
     scores = read_jsonl(run / "scores.jsonl")
     quality = pair_quality(read_jsonl(run / "pairs.jsonl"), scores) if scores else None
-    stages = run.meta["stages"]
     train = stages.get("train", {})
     return {
         "name": run.name,
@@ -111,7 +112,9 @@ def page_content(run: Run) -> dict[str, Any]:
         "exports": metrics.get("export", []) if metrics else [],
         "merges": metrics.get("merge", {}) if metrics else {},
         "files": [
-            (name, what, _size(run / name)) for name, what in _FILES if (run / name).exists()
+            (name, what, _size(run / name))
+            for stage, name, what in _FILES
+            if stage in stages and (run / name).exists()
         ],
     }
 

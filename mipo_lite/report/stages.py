@@ -10,8 +10,13 @@ from ..planning import gib
 Entry = Mapping[str, Any]
 
 
+def current(stages: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries of run.json without those of stages whose result an earlier stage outdated."""
+    return {name: entry for name, entry in stages.items() if entry["state"] != "stale"}
+
+
 def stages_run(stages: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The entries of run.json of the stages that did anything."""
+    """The entries of the stages that did anything."""
     return {name: entry for name, entry in stages.items() if entry.get("seconds")}
 
 

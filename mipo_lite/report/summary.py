@@ -9,13 +9,13 @@ from rich.table import Table
 from ..console import console
 from ..run import Run, read_json
 from .rows import measured_rows
-from .stages import stages_run, took_in_all
+from .stages import current, stages_run, took_in_all
 
 
 def print_summary(run: Run) -> None:
     """What came out, where it lies, how long it took, and how to talk to it."""
-    stages = run.meta["stages"]
-    if (run / "metrics.json").is_file():
+    stages = current(run.meta["stages"])
+    if "evaluate" in stages and (run / "metrics.json").is_file():
         metrics = read_json(run / "metrics.json")
         console.print(_table(metrics))
         console.print(f"\n[bold]{metrics['verdict']['sentence']}[/]")
@@ -23,17 +23,24 @@ def print_summary(run: Run) -> None:
             console.print(f"  Try: {advice}")
     times = [f"{name} {entry['seconds']:.0f} s" for name, entry in stages_run(stages).items()]
     console.print(f"\n{', '.join(times)}: {took_in_all(stages)}")
-    for name, what in (
-        ("adapter", "LoRA adapter"),
-        ("merged", "merged model"),
-        ("report.html", "report"),
+    for stage, pattern, what in (
+        ("train", "adapter", "LoRA adapter"),
+        ("export", "merged", "merged model"),
+        ("pairs", "report.html", "report"),
+        ("export", "gguf/*.gguf", "GGUF"),
     ):
-        if (run / name).exists():
-            console.print(f"{what + ':':<14}{run / name}", soft_wrap=True)
-    for file in sorted((run / "gguf").glob("*.gguf")):
-        console.print(f"{'GGUF:':<14}{file}", soft_wrap=True)
+        if stage in stages:
+            for path in sorted(run.path.glob(pattern)):
+                console.print(f"{what + ':':<14}{path}", soft_wrap=True)
     if stages.get("export", {}).get("state") == "done":
         console.print(f"{'Talk to it:':<14}mipo-lite chat {run.path}", soft_wrap=True)
+    # The page is written by every command.
+    outdated = [name for name in stages_run(run.meta["stages"]) if name not in {*stages, "report"}]
+    if outdated:
+        console.print(
+            f"Not made anew yet: {', '.join(outdated)}. The command that started the run makes"
+            " them, given the same settings."
+        )
 
 
 def print_plan(plan: dict[str, Any]) -> None:
