@@ -54,7 +54,8 @@ def test_an_even_part_is_set_aside(count: int) -> None:
     assert len(watched) == min(max(FEWEST_WATCHED, round(0.15 * count)), count // 2)
     places = [problem.line for problem in watched]
     steps = {after - before for before, after in pairwise(places)}
-    assert not steps or max(steps) - min(steps) <= 1, "spread over the file"
+    assert not steps or max(steps) - min(steps) <= 1
+    assert places[-1] - places[0] > count - 2 * count / len(places), "spread over the whole file"
     renamed = [Problem(p.id, "another question", p.line) for p in training]
     assert [p.line for p in set_aside(renamed)[1]] == places, "whatever they say"
 
