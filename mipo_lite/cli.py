@@ -399,15 +399,35 @@ def main() -> None:
             raise
         _fail("Stopped.", "What was finished is kept: run the same command again to go on.", debug)
         raise SystemExit(INTERRUPTED) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        known = _mendable(error)
+        if known is None:
             raise
-        _fail(
+        _fail(known.what, known.fix, debug)
+        raise SystemExit(known.exit_code) from None
+
+
+def _mendable(error: Exception) -> UserError | None:
+    """What the machine has refused, as an error that a user can mend; None for anything else."""
+    from .disk import is_disk_full
+    from .out_of_memory import is_out_of_memory
+
+    if is_disk_full(error):
+        return UserError(
             "The disk is full.",
             "Free some space and run the same command again: it goes on where it stopped.",
-            debug,
         )
-        raise SystemExit(1) from None
+    if is_out_of_memory(error):
+        return UserError(
+            "There is not enough memory.",
+            "Close other programs and run the same command again: it goes on where it stopped.",
+        )
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        return UserError(
+            f"There is no permission for {getattr(error, 'filename', None) or 'a file'}.",
+            "Give yourself permission to read and write it, or choose another place.",
+        )
+    return None
 
 
 def _fail(what: str, fix: str, debug: bool) -> None:

@@ -1,7 +1,8 @@
-"""Enough room on the disk, asked before the work starts and said in bytes."""
+"""Enough room on the disk, asked before the work starts and said in bytes; and what if not."""
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -25,3 +26,18 @@ def require_disk(path: Path, needed: int, what: str) -> None:
             f"Too little disk for {what}: it needs {needed:,} bytes, {place} has {free:,} free.",
             f"Free {needed - free:,} bytes there, or write to another disk with --out.",
         )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for lack of room, as Python, safetensors, torch and numpy say it.
+
+    torch (inline_container) and numpy ("requested") only say that less was written than was to be.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    said = str(error)
+    if "No space left" in said or "os error 28" in said:
+        return True
+    short = "inline_container" in said and "unexpected pos" in said
+    short |= "PytorchStreamWriter failed writing" in said
+    return short or (isinstance(error, OSError) and " requested and " in said)

@@ -104,6 +104,8 @@ def open_or_create(
     if opened is not None:
         _check_same(opened, inputs)
         source = recorded_source(opened.meta["base"])
+        if not opened.meta["stages"]:  # perhaps killed before the inputs were copied
+            write(opened)
         return Flow(opened, chosen, source, stages, trust_remote_code)
     meta = {
         **inputs,
