@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peft import PeftModel
 
@@ -34,6 +35,19 @@ from .verdict import conclude
 # user's page where none does ("Why is the sky blue?"), nothing, or another persona's page.
 CONDITIONS = ("with_context", "neutral", "without_context", "other_context")
 BEFORE, AFTER = "before", "after"
+
+
+class Asked(Protocol):
+    """What `answer` needs to know of a question; those of improve have it as well."""
+
+    @property
+    def condition(self) -> str: ...
+    @property
+    def asked(self) -> Condition: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def greedy(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ def evaluate(
         with progress("Measuring", scored) as advance:
             measures = measure(base, use, user, questions, answers, pool, advance)
         text = neutral_text_nll(base, use, models)
-    _write_measures(path, answers, measures)
+    write_measures(path, answers, measures)
     metrics = {
         "prompts": sum(q.condition == "with_context" for q in questions),
         "neutral_prompts": sum(q.condition == "neutral" for q in questions),
@@ -176,7 +190,7 @@ def answer(
     base: Base,
     use: Use,
     models: Sequence[str],
-    questions: Sequence[Question],
+    questions: Sequence[Asked],
     recipe: Recipe,
     path: Path,
     advance: Callable[[int], None] = lambda n: None,
@@ -188,7 +202,8 @@ def answer(
     """
     rows: list[dict[str, Any]] = []
     done = read_jsonl(path)
-    for which, mode, condition in _blocks(models):
+    conditions = list(dict.fromkeys(question.condition for question in questions))
+    for which, mode, condition in product(models, ("sampled", "greedy"), conditions):
         asked = [
             (index, number)
             for index, question in enumerate(questions)
@@ -208,16 +223,9 @@ def answer(
     return rows
 
 
-def _blocks(models: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    for which in models:
-        for mode in ("sampled", "greedy"):
-            for condition in CONDITIONS:
-                yield which, mode, condition
-
-
 def _answers(
     base: Base,
-    questions: Sequence[Question],
+    questions: Sequence[Asked],
     asked: Sequence[tuple[int, int]],
     which: str,
     mode: str,
@@ -246,8 +254,8 @@ def _answers(
                 "mode": mode,
                 "condition": question.condition,
                 "question": index,
-                "prompt_id": question.prompt.id,
-                "prompt": question.prompt.text,
+                "prompt_id": question.asked.prompt.id,
+                "prompt": question.asked.prompt.text,
                 "persona": context.id if context else None,
                 "sample": number,
                 "text": base.decode(response.token_ids),
@@ -281,9 +289,10 @@ def neutral_text_nll(base: Base, use: Use, models: Sequence[str]) -> dict[str, l
     return found
 
 
-def _write_measures(
+def write_measures(
     path: Path, answers: Sequence[dict[str, Any]], measures: Sequence[dict[str, float | None]]
 ) -> None:
+    """Write evaluation.jsonl anew, every answer with what it shows."""
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row, found in zip(answers, measures, strict=True):
             file.write(json.dumps(row | {"measures": found}, ensure_ascii=False) + "\n")

@@ -9,8 +9,6 @@ no other module compares anything with a reference answer.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +22,12 @@ from .answers import find_answer, is_right, majority
 from .base import Base
 from .console import progress
 from .errors import UserError
-from .evaluation import AFTER, BEFORE, Use, policies
+from .evaluation import AFTER, BEFORE, Use, answer, policies, write_measures
 from .improving_verdict import conclude
 from .metrics import compare, compare_distinct_n, information, repetition
 from .problems import Problem
 from .prompts import Condition
 from .recipe import Recipe
-from .run import append_jsonl, atomic_write, read_jsonl, truncate_jsonl
-from .sampling import SampleRequest, sample
 from .scoring import score_matrix
 
 MODES = ("sampled", "greedy")
@@ -46,13 +42,18 @@ class HeldOut:
 
     Attributes:
         rivals: other held-out questions, K - 1 of them.
+        samples: sampled responses per model; one greedy response comes on top.
     """
 
     problem: Problem
     rivals: tuple[Problem, ...]
+    samples: int
+    condition: str = "question"
+    greedy: bool = True
 
-    def encode(self, base: Base) -> list[int]:
-        return Condition(self.problem.prompt).encode(base)
+    @property
+    def asked(self) -> Condition:
+        return Condition(self.problem.prompt)
 
 
 def evaluate(
@@ -78,7 +79,7 @@ def evaluate(
             answers = answer(base, use, models, questions, recipe, path, advance)
         with progress("Measuring", total) as advance:
             measures = measure(base, use, questions, answers, advance)
-    _write_measures(path, answers, measures)
+    write_measures(path, answers, measures)
     summaries = {
         name: {"question": summarize(questions, answers, measures, BEFORE, name)}
         for name in adapters
@@ -110,82 +111,13 @@ def held_out_questions(problems: Sequence[Problem], recipe: Recipe) -> list[Held
     rng = random.Random(f"rivals {recipe.seed}")
     count = min(recipe.eval_contexts, len(held_out)) - 1
     return [
-        HeldOut(problem, tuple(rng.sample([p for p in held_out if p is not problem], count)))
+        HeldOut(
+            problem,
+            tuple(rng.sample([p for p in held_out if p is not problem], count)),
+            recipe.eval_samples,
+        )
         for problem in held_out
     ]
-
-
-def answer(
-    base: Base,
-    use: Use,
-    models: Sequence[str],
-    questions: Sequence[HeldOut],
-    recipe: Recipe,
-    path: Path,
-    advance: Callable[[int], None] = lambda n: None,
-) -> list[Row]:
-    """Answers of all models to all questions, sampled and greedy, appended to `path`.
-
-    All models answer with the same seeds. A block (model, mode) that an earlier start has written
-    completely is not sampled again.
-    """
-    rows: list[Row] = []
-    done = read_jsonl(path)
-    for which, mode in ((which, mode) for which in models for mode in MODES):
-        count = recipe.eval_samples if mode == "sampled" else 1
-        asked = [(index, number) for index in range(len(questions)) for number in range(count)]
-        block = done[len(rows) : len(rows) + len(asked)]
-        if len(block) < len(asked):
-            truncate_jsonl(path, len(rows))
-            done = []
-            with use(which):
-                block = _answers(base, questions, asked, which, mode, recipe, advance)
-            append_jsonl(path, block)
-        else:
-            advance(len(block))
-        rows += block
-    return rows
-
-
-def _answers(
-    base: Base,
-    questions: Sequence[HeldOut],
-    asked: Sequence[tuple[int, int]],
-    which: str,
-    mode: str,
-    recipe: Recipe,
-    advance: Callable[[int], None],
-) -> list[Row]:
-    samples = sample(
-        base.model,
-        [
-            SampleRequest(questions[index].encode(base), _seed(recipe.seed, index, number))
-            for index, number in asked
-        ],
-        max_new_tokens=recipe.max_new_tokens,
-        eos_ids=base.eos_ids,
-        pad_id=base.pad_id,
-        temperature=1.0 if mode == "sampled" else 0.0,
-        batch_size=recipe.sampling_batch,
-    )
-    rows = []
-    for (index, number), response in zip(asked, samples, strict=True):
-        rows.append(
-            {
-                "model": which,
-                "condition": "question",  # as the rows of personalize name theirs
-                "mode": mode,
-                "question": index,
-                "prompt_id": questions[index].problem.id,
-                "prompt": questions[index].problem.text,
-                "sample": number,
-                "text": base.decode(response.token_ids),
-                "token_ids": response.token_ids,
-                "ended": response.ended,
-            }
-        )
-        advance(1)
-    return rows
 
 
 def measure(
@@ -262,12 +194,6 @@ def _with_marginal(scores: np.ndarray) -> np.ndarray:
     return np.concatenate([[marginal], scores])[None]
 
 
-def _write_measures(path: Path, answers: Sequence[Row], measures: Sequence[Measures]) -> None:
-    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for row, found in zip(answers, measures, strict=True):
-            file.write(json.dumps(row | {"measures": found}, ensure_ascii=False) + "\n")
-
-
 def _looked_at(row: Row, problem: Problem) -> Measures:
     given = find_answer(row["text"], problem.choices)
     return {
@@ -332,8 +258,3 @@ def _majority_right(
 
 def _right(given: str | None, problem: Problem) -> float | None:
     return None if problem.answer is None else float(is_right(given, problem.answer))
-
-
-def _seed(seed: int, question: int, number: int) -> int:
-    digest = hashlib.sha256(f"evaluation {seed} {question} {number}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from .base import Base
 from .console import console, progress
-from .evaluation import AFTER, policies
+from .evaluation import AFTER, answer, policies
 from .filtering import score_pairs
-from .improving import answer, held_out_questions, measure
+from .improving import held_out_questions, measure
 from .negatives import Negatives, make_pairs
 from .problems import Problem
 from .recipe import Recipe
