@@ -201,6 +201,9 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process and remove what a killed one left half-written.
 
+        Meanwhile every file that the process makes is for its user alone (umask 077): libraries
+        write into the run as well, and know no modes.
+
         Raises UserError when another process holds it.
         """
         try:
@@ -210,11 +213,13 @@ class Run:
                 f"Another process is working on {self.path}.",
                 "Wait until it has finished, or choose another --run.",
             ) from error
+        before = os.umask(0o077)
         try:
             for left in self.path.rglob(f".*{_PARTIAL}"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield
         finally:
+            os.umask(before)
             self._lock.release()
 
     def is_done(self, stage: str, inputs: str) -> bool:
