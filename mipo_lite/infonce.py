@@ -27,6 +27,7 @@ from .run import atomic_directory
 from .scoring import token_logprobs
 from .training import lora_config
 from .trie import build_trie
+from .trie_attention import switched_on
 
 # Prompts that each response is contrasted with at once, its own among them.
 WAYS = 8
@@ -70,8 +71,11 @@ def train_infonce(
                 if len(order) < WAYS:
                     order = rng.sample(pairs, len(pairs))
                 batch, order = order[:WAYS], order[WAYS:]
-                loss = infonce_loss(_logprobs(model, batch))
-                (loss / groups).backward()
+                # Under gradient checkpointing, which a DPO before may have left switched on, the
+                # backward pass runs forwards again: they need the same attention.
+                with switched_on(base.model.config.get_text_config()):
+                    loss = infonce_loss(_logprobs(model, batch))
+                    (loss / groups).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()

@@ -333,7 +333,20 @@ def test_infonce_loss_by_hand() -> None:
     assert infonce_loss(logprobs).item() == pytest.approx(slow / 2)
 
 
-def test_infonce_tells_prompts_apart(builtin_base: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_infonce_tells_prompts_apart(
+    builtin_base: Base, tmp_path: Path, checkpointing: bool
+) -> None:
+    """Also on a base on which a DPO before has left gradient checkpointing switched on."""
+    if checkpointing:
+        builtin_base.model.gradient_checkpointing_enable()
+    try:
+        learn_to_tell_prompts_apart(builtin_base, tmp_path)
+    finally:
+        builtin_base.model.gradient_checkpointing_disable()
+
+
+def learn_to_tell_prompts_apart(builtin_base: Base, tmp_path: Path) -> None:
     make_pairs(builtin_base, training(), "random", 0, RECIPE, tmp_path)
     pairs = read_jsonl(tmp_path / "pairs.jsonl")
     batch = pairs[:4]
