@@ -67,12 +67,11 @@ TABLES = {
     ),
     "tried": (
         Method("random negatives"),
-        Method("random, learning rate 1e-4", settings={"learning_rate": 1e-4}),
         Method("random, learning rate 1e-3", settings={"learning_rate": 1e-3}),
         Method("random, 3 rounds", settings={"rounds": 3}),
         Method("near negatives", "near"),
         Method("far negatives", "far"),
-        Method("answers contrasted", "answers"),
+        Method("answers contrasted, 8 samples", "answers", settings={"answers_per_question": 8}),
         Method("answers contrasted, 16 samples", "answers", settings={"answers_per_question": 16}),
     ),
 }

@@ -80,11 +80,14 @@ def test_only_settings_of_pairs_keep_pairs_apart() -> None:
     assert Method("e", "near").pairs_in(out) == out / "near"
 
 
+LOSSES = [method for method in TABLES["baselines"] if method.loss != "sigmoid"]
+
+
 @pytest.fixture(scope="module")
 def seed_run(builtin_base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """One seed of every loss and of two rounds, on the built-in base."""
+    """One seed of three losses and of two rounds, on the built-in base."""
     out = tmp_path_factory.mktemp("seed-0")
-    methods = (*TABLES["baselines"], Method("two rounds", settings={"rounds": 2}))
+    methods = (*LOSSES, Method("two rounds", settings={"rounds": 2}))
     return out, run_seed(builtin_base, problems(), methods, RECIPE, out)
 
 
@@ -93,7 +96,7 @@ def test_a_seed_of_all_methods(seed_run: tuple[Path, Any], builtin_base: Base) -
     assert {path.parent.name for path in out.rglob("pairs.jsonl")} == {
         "random", "random-rounds-2", "2",
     }  # fmt: skip
-    names = [method.name for method in TABLES["baselines"]]
+    names = [method.name for method in LOSSES]
     assert list(found["baselines"]) == [*names, "two rounds"]
     for block in found["baselines"].values():
         assert block["question"]["sampled"]["bits"]["n"] == 8
@@ -101,7 +104,7 @@ def test_a_seed_of_all_methods(seed_run: tuple[Path, Any], builtin_base: Base) -
     assert len(trained) == len(names), "each learns something else"
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("adapter_model.safetensors")}
-    again = run_seed(builtin_base, problems(), TABLES["baselines"][:1], RECIPE, out)
+    again = run_seed(builtin_base, problems(), LOSSES[:1], RECIPE, out)
     assert before == {p: p.stat().st_mtime_ns for p in before}, "nothing is made again"
     assert again["baselines"].keys() == {names[0]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 CHOICES = ROOT / "examples" / "choices.csv"
 # Small enough for seconds; two rounds; several chunks of pairs; checkpoints.
 SMALL = (
-    "pairs=24",
+    "pairs=16",
     "rounds=2",
     "sampling_batch=8",
     "max_new_tokens=24",
@@ -37,7 +38,7 @@ SMALL = (
     "batch_size=4",
     "micro_batch=4",
     "eval_prompts=6",
-    "eval_samples=2",
+    "eval_samples=1",
     "eval_contexts=4",
 )
 RECIPES = [name for name in recipe_names() if name.startswith(("math", "multiple"))]
@@ -115,13 +116,11 @@ def test_a_run_leaves_everything_it_promises(finished) -> None:
     assert read_json(run / "metrics.json")["verdict"]["sentence"] in " ".join(output.split())
 
 
-def test_the_report_shows_answers_to_held_out_questions(finished) -> None:
+def test_the_report_is_one_of_improve(finished) -> None:
     run, _ = finished
     page = (run / "report.html").read_text("utf-8")
-    rows = read_jsonl(run / "evaluation.jsonl")
-    greedy = {row["prompt"] for row in rows if row["mode"] == "greedy"}
-    assert greedy
-    assert any(question in page for question in greedy)
+    assert read_json(run / "metrics.json")["verdict"]["sentence"] in html.unescape(page)
+    assert "log p(answer | question)" in page
 
 
 @pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
@@ -205,7 +204,7 @@ def test_killed_in_pairs_and_in_the_second_round_it_ends_the_same(
         return any((run / "rounds/2/checkpoints").glob("checkpoint-*/trainer_state.json"))
 
     kill_when(arguments(questions, run), some_pairs)
-    assert len(read_jsonl(run / "pairs.jsonl")) < 24
+    assert len(read_jsonl(run / "pairs.jsonl")) < 16
     kill_when(arguments(questions, run), a_checkpoint)
     assert read_json(run / "run.json")["stages"]["rounds"]["state"] == "running"
     flow = flow_of(questions, run)
