@@ -90,15 +90,16 @@ def load_prompts(path: Path | None) -> tuple[Prompt, ...]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise ValueError("no text")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f'{path}, line {number}, has no "text".', fix) from error
+            _check_row(row, f"{path}, line {number},")
         if row["text"].strip():
             rows.append(row)
     unique = {row["text"].strip(): row for row in rows}
     if len(unique) < 6:
         raise UserError(f"{path} holds {len(unique)} different prompts; 6 is the least.", fix)
     held_out = _choose_held_out(list(unique))
-    return tuple(
+    prompts = tuple(
         Prompt(
             id=f"p{number:04d}",
             text=text,
@@ -107,6 +108,13 @@ def load_prompts(path: Path | None) -> tuple[Prompt, ...]:
         )
         for number, (text, row) in enumerate(unique.items(), start=1)
     )
+    for split in ("train", "held_out"):
+        if all(prompt.split != split for prompt in prompts):
+            raise UserError(
+                f"{path} has no prompt whose split is {split}.",
+                "Give some of each, or leave the splits out.",
+            )
+    return prompts
 
 
 def may_matter(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -116,6 +124,15 @@ def may_matter(prompts: Sequence[Prompt]) -> list[Prompt]:
     """
     marked = any(prompt.topics for prompt in prompts)
     return [prompt for prompt in prompts if prompt.topics or not marked]
+
+
+def _check_row(row: dict[str, Any], where: str) -> None:
+    """Raises UserError for a split or topics that are not what they have to be."""
+    if row.get("split", "train") not in ("train", "held_out"):
+        raise UserError(f"{where} has a split that does not exist.", "Use train or held_out.")
+    topics = row.get("topics", [])
+    if not isinstance(topics, list) or not all(isinstance(topic, str) for topic in topics):
+        raise UserError(f"{where} has topics that are no list of words.", 'For example: ["pet"].')
 
 
 def _choose_held_out(texts: list[str]) -> set[str]:

@@ -31,11 +31,16 @@ Quant = Literal[
     "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs",
 ]  # fmt: skip
 
+Loss = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair",
+    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+]  # fmt: skip
+
 
 class Recipe(BaseModel):
     """Every setting of a run. Defaults fit a real instruct model; they are starting points."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     base: str = Field("auto", description="auto, builtin, a Hugging Face id, or a directory")
     seed: int = Field(0, ge=0, lt=2**31, description="seeds sampling, LoRA and data order")
@@ -71,7 +76,7 @@ class Recipe(BaseModel):
         False, description="also train on your choices in the blind test (mipo-lite compare)"
     )
 
-    loss: str = Field("sigmoid", description="a loss_type of TRL's DPOConfig")
+    loss: Loss = Field("sigmoid", description="a loss_type of TRL's DPOConfig")
     beta: float = Field(0.1, gt=0, description="DPO's beta")
     learning_rate: float = Field(2e-5, gt=0, description="peak, AdamW, linear decay")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")

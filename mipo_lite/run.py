@@ -183,7 +183,7 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o700)
             write_json(path / "run.json", {"format": FORMAT, "stages": {}, **meta})
-        except PermissionError as error:
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UserError(f"{path} can not be written.", "Choose another --run.") from error
         return cls(path)
 
