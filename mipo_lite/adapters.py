@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from .errors import UserError
@@ -97,6 +98,7 @@ def load_adapter(directory: Path | str) -> Adapter:
             f"{directory} has no adapter_model.safetensors.",
             "Save the adapter with save_pretrained, which writes safetensors.",
         )
+    check_adapter(directory)
     halves: dict[str, dict[str, torch.Tensor]] = {}
     replaced = {}
     for key, tensor in load_file(weights).items():
@@ -118,6 +120,23 @@ def load_adapter(directory: Path | str) -> Adapter:
     if not pairs and not replaced:
         raise UserError(f"{weights} is empty.", "Train the adapter again.")
     return Adapter(directory, pairs, replaced)
+
+
+def check_adapter(directory: Path) -> None:
+    """Raises UserError when a file of the adapter is there but damaged."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        file = directory / name
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text("utf-8"))
+            else:
+                with safe_open(file, framework="pt") as weights:
+                    weights.keys()
+        except (ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{file} is damaged.",
+                f"Remove {directory} and run again: a run then trains it anew.",
+            ) from error
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from peft import PeftModel
 
+from .adapters import check_adapter
 from .base import Base
 from .console import progress
 from .contexts import Persona, persona_pool
@@ -169,6 +170,7 @@ def policies(base: Base, adapters: Mapping[str, Path]) -> Iterator[Use]:
     """
     model: Any = None
     for name, directory in adapters.items():
+        check_adapter(directory)
         if model is None:
             model = PeftModel.from_pretrained(base.model, directory, adapter_name=name)
         else:

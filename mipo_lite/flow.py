@@ -30,6 +30,9 @@ from .run import Run, fingerprint, read_json, read_jsonl
 
 VERSIONS = ("mipo-lite", "torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python")
 
+# What later stages read: when it is gone, its stage is run again. Exports may be removed for room.
+_NEEDED = ("pairs.jsonl", "scores.jsonl", "adapter", "evaluation.jsonl", "metrics.json")
+
 
 @dataclass
 class Flow:
@@ -153,7 +156,7 @@ def execute(flow: Flow, only: str | None = None) -> None:
     }
     meta |= {"recipe": recipe, "fits": sizes}
     for stage, inputs in fingerprints(flow):
-        if not flow.run.is_done(stage.name, inputs):
+        if not flow.run.is_done(stage.name, inputs) or _was_removed(flow.run, stage):
             _start_over_if_stale(flow.run, stage, inputs)
             _outdate_later(flow, stage)
             with (
@@ -176,6 +179,11 @@ def fingerprints(flow: Flow) -> Iterator[tuple[Stage, str]]:
         more = stage.reads(flow)
         before = fingerprint(parts if more is None else [*parts, more])
         yield stage, before
+
+
+def _was_removed(run: Run, stage: Stage) -> bool:
+    """Whether the user has removed what the stage had written, as damaged files ask for."""
+    return any(name in stage.files and not (run / name).exists() for name in _NEEDED)
 
 
 def _start_over_if_stale(run: Run, stage: Stage, inputs: str) -> None:

@@ -117,8 +117,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(
                 f"{path} is damaged at line {number}.",
-                f"Remove that line and all after it, or the whole file, and run again: "
-                f"{path.name} is then written anew.",
+                "Remove the file and run again: a result is then made anew; what you wrote "
+                "yourself, restore from a backup.",
             ) from error
         rows.append(row)
     return rows
