@@ -2,7 +2,8 @@
 
 - "harmed": right answers fell, sampled or greedy; or answers no longer end; or they are more than
   twice as long.
-- "improved": nothing is harmed, and the information bound rose, or right answers did.
+- "improved": nothing is harmed, and the information bound rose, or right answers did, sampled or
+  greedy.
 - "no change": anything else.
 
 "Rose" and "fell" mean that the 95 % interval of the paired difference, over questions, lies above
@@ -28,8 +29,8 @@ HARMS = (
 def conclude(metrics: dict[str, Any]) -> Verdict:
     """The verdict on the content of metrics.json of an `improve` run."""
     harms = [rule for rule in HARMS if rule.holds(metrics)]
-    right = _rose(metrics, "exact_match")
-    informative = _rose(metrics, "bits") or _rose(metrics, "own_bits")
+    right = any(_rose(metrics, mode, "exact_match") for mode in ("sampled", "greedy"))
+    informative = any(_rose(metrics, "sampled", name) for name in ("bits", "own_bits"))
     gains = [
         *(["says more about the question"] if informative else []),
         *(["answers rightly more often"] if right else []),
@@ -52,8 +53,8 @@ def conclude(metrics: dict[str, Any]) -> Verdict:
     )
 
 
-def _rose(metrics: dict[str, Any], name: str) -> bool:
-    entry = figure(metrics, *SAMPLED, name)
+def _rose(metrics: dict[str, Any], mode: str, name: str) -> bool:
+    entry = figure(metrics, "question", mode, name)
     return entry is not None and entry["low"] > 0
 
 

@@ -49,8 +49,9 @@ def metrics(**changed: dict[str, float] | None) -> dict[str, Any]:
         # without reference answers, nothing is said of them
         ({"sampled__bits": UP, "sampled__exact_match": None, "greedy__exact_match": None},
          "improved", "Improved: it says more about the question."),
-        # greedy answers and the majority are no evidence of their own
-        ({"greedy__exact_match": UP, "majority__exact_match": UP}, "no change",
+        ({"greedy__exact_match": UP}, "improved", "Improved: it answers rightly more often."),
+        # the majority is no evidence of its own: it is made of the sampled answers
+        ({"majority__exact_match": UP}, "no change",
          "No change measurable: neither information nor right answers rose beyond chance."),
         # harm outweighs
         ({"sampled__exact_match": DOWN}, "harmed", "Harmed: it answers wrongly more often."),
