@@ -212,8 +212,8 @@ def main() -> None:
         for name in ("fact_use", "wrong_fact"):
             print(f"  mean {name} {sum(row[name] for row in rows) / len(rows):.3f}")
     print(f"\nfacts without context, sampled: {leaks(base, given.seed):.4f}")
-    right = [sums(base, 100, given.seed, sampled) for sampled in (False, True)]
-    print(f"small sums: {right[0]} of 100 greedy, {right[1]} of 100 sampled")
+    results = [sums(base, 100, given.seed, sampled) for sampled in (False, True)]
+    print(f"small sums: {results[0]} of 100 greedy, {results[1]} of 100 sampled")
 
 
 if __name__ == "__main__":
