@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .errors import UsageError
 from .label_head import label_positions_only
 from .prefix_sharing import install
 from .scoring import score_matrix
@@ -126,8 +127,11 @@ def model_directory(settings: Settings) -> Iterator[Path]:
     from tokenizers.models import WordLevel
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+    shape = settings.shape or "small"
+    if shape not in SHAPES:
+        raise UsageError(f"There is no shape {shape!r}.", f"Known: {', '.join(SHAPES)}.")
     config = Qwen2Config(
-        **SHAPES[settings.shape or "small"],
+        **SHAPES[shape],
         tie_word_embeddings=True,
         max_position_embeddings=32_768,
         bos_token_id=0,

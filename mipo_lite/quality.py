@@ -77,7 +77,9 @@ def pair_quality(pairs: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any
             f"Most pairs show no contrast: the base answers alike whatever {context} says."
             f" {'Write more about yourself, or ask' if personal else 'Ask'} other things."
         )
-    if contrasts and contrast < LOW_CONTRAST:
+    # Answers of one question are contrasted by another measure, which the pairs carry.
+    by_pmi = not any("contrast" in pair for pair in pairs)
+    if contrasts and by_pmi and contrast < LOW_CONTRAST:
         warnings.append(
             f"The median contrast is {contrast:.1f} nats: the base hardly uses {context},"
             " so there is little to amplify. A larger base may."

@@ -200,6 +200,7 @@ def test_shuffled_answers_give_the_same_adapter(
     builtin_base: Base, tmp_path: Path, negatives: Any
 ) -> None:
     """Bit for bit, the whole way from the file to the adapter."""
+    recipe = RECIPE.model_copy(update={"temperature": 2.0})  # or too few answers differ
     rows = sums(18)
     shuffled = [
         {**row, "answer": other["answer"]} for row, other in zip(rows, rows[::-1], strict=True)
@@ -212,7 +213,7 @@ def test_shuffled_answers_give_the_same_adapter(
         file.write_text("".join(json.dumps(row) + "\n" for row in variant), "utf-8")
         found, _ = split_problems(load_problems(file, print).problems)
         on = [problem for problem in found if problem.split == "train"]
-        make_pairs(builtin_base, on, negatives, 6, RECIPE, directory)
+        make_pairs(builtin_base, on, negatives, 6, recipe, directory)
         pairs = read_jsonl(directory / "pairs.jsonl")
         score_pairs(builtin_base, pairs, RECIPE, directory / "scores.jsonl")
         scores = read_jsonl(directory / "scores.jsonl")
