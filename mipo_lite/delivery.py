@@ -252,6 +252,11 @@ def chat_model(
         run = Run(model)
         page = _page(run)
         file = _plain_gguf(run) if plain else _best_gguf(run)
+        if not plain and run.meta["stages"].get("export", {}).get("state") == "stale":
+            console.print(
+                "[yellow]This file is older than the adapter; the command that started the run "
+                "renews it.[/]"
+            )
     chat(file, context=page, message=message, plain=plain, temperature=temperature, seed=seed)
 
 

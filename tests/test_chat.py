@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from finished_run import make_run
 from gguf_tiny import CHATML, qwen2
 from transformers import AutoTokenizer
 
 from mipo_lite.chat import Conversation, chat
 from mipo_lite.contexts import build_messages, encode_prompt
+from mipo_lite.delivery import chat_model
 from mipo_lite.errors import UserError
 from mipo_lite.gguf.export import export
 from mipo_lite.gguf.llama import is_end, open_gguf
@@ -170,3 +173,14 @@ def test_template_without_system_role(tmp_path: Path) -> None:
         talk.turns.append({"role": "user", "content": "Hi"})
         text = llama.detokenize(talk._prompt(), special=True).decode()
     assert text == f"<|im_start|>user\n{CONTEXT}\n\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_file_older_than_the_adapter_is_said(file: Path, tmp_path: Path, capsys: Any) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "gguf").mkdir(exist_ok=True)
+    shutil.copy(file, run / "gguf" / f"{run.name}-F16.gguf")
+    for state, said in (("done", False), ("stale", True)):
+        run.meta["stages"]["export"] = {"state": state}
+        run.save()
+        chat_model(run.path, message="Hi", plain=False, temperature=0, seed=0)
+        assert ("older than the adapter" in " ".join(capsys.readouterr().out.split())) == said
