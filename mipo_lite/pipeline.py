@@ -13,7 +13,7 @@ from typing import Any
 
 from .base import check_context_fits
 from .bases import recorded_source
-from .console import progress
+from .console import console, progress
 from .contexts import load_facts, load_user_context, persona_pool
 from .errors import UsageError, UserError
 from .flow import Flow, Stage, execute, open_or_create, resolve
@@ -261,6 +261,12 @@ def _train_adapter(flow: Flow, recipe: Recipe, what: str, name: str) -> dict[str
             run / name,
             run / "checkpoints",
             bar.set,
+        )
+    if not result.kept:
+        console.print(
+            "[yellow]What was learned does not carry over to pairs held out[/] "
+            f"(margin {result.carry_over}): the adapter is left as it began.\n"
+            "  Set more pairs or write more about yourself; or change learning_rate."
         )
     return asdict(result)
 

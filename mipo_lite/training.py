@@ -2,8 +2,8 @@
 
 The trainer is TRL's own. What is added here: it trains on the token ids as they were sampled,
 reads reference log-probs that were computed once, keeps trainable parameters in float32, shares
-prompt prefixes within batches put together for it, and stops when the margin of held-out pairs no
-longer rises.
+prompt prefixes within batches put together for it, stops when the margin of held-out pairs no
+longer rises, and discards an adapter that does no better on them than chance would.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import trl.trainer.utils
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig, DPOTrainer
@@ -30,10 +37,12 @@ from .batching import SharedContextSampler
 from .errors import UserError
 from .interrupts import finish_step
 from .label_head import label_positions_only
+from .metrics import bootstrap_mean
 from .out_of_memory import halving
 from .prefix_sharing import self_check, share_prefixes
 from .recipe import Recipe
 from .run import atomic_directory
+from .scoring import response_logprobs
 from .training_state import newest_checkpoint, remove_checkpoints
 
 # TRL 1.14, the last for Python 3.10, has no fused LM head yet.
@@ -41,6 +50,9 @@ FUSED_HEAD = hasattr(trl.trainer.utils, "add_fused_lm_head")
 
 # What a held-out evaluation must gain over the best one so far to count as better.
 MIN_GAIN = 1e-3
+
+# Fewer held-out pairs say too little to discard an adapter on.
+MIN_WATCHED = 10
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,36 @@ class TrainingResult:
     Attributes:
         history: one entry per logged step: loss, margin, held-out loss and margin.
         prefix_sharing: why prefixes were shared, or why not, in a sentence.
-        best_step: the step whose adapter was kept.
+        best_step: the step whose adapter was best.
+        carry_over: what it gained on held-out pairs; None where that was not asked.
+        kept: False when the adapter is the one that training began with.
     """
 
     steps: int
     best_step: int
     history: list[dict[str, float]]
     prefix_sharing: str
+    carry_over: CarryOver | None = None
+    kept: bool = True
+
+
+@dataclass(frozen=True)
+class CarryOver:
+    """How much the margin of held-out pairs rose in training.
+
+    Attributes:
+        gain: mean over pairs, in the unit of the margin: beta times nats.
+        low, high: its 95 % interval, bootstrapped over pairs.
+        pairs: how many were held out.
+    """
+
+    gain: float
+    low: float
+    high: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.gain:+.2f}, 95 % interval {self.low:+.2f} to {self.high:+.2f}"
 
 
 class MIPOTrainer(DPOTrainer):
@@ -124,8 +159,14 @@ def train(
     checkpoints: Path,
     watch: Callable[[int, int], None] = lambda step, steps: None,
     start: Path | None = None,
+    keep_any: bool = False,
 ) -> TrainingResult:
     """Train an adapter on the kept pairs and write it to `adapter`.
+
+    If the margin of held-out pairs did not rise beyond chance, what is written is the adapter that
+    training began with: pairs with nothing to learn in them still move the weights, and a step
+    that is far too large does so too. Kept as trained with `keep_any`, when fewer than
+    `MIN_WATCHED` pairs are held out, and by SFT, which has no margin.
 
     Goes on from the newest complete checkpoint in `checkpoints`, which is removed at the end. Where
     memory does not suffice, forward passes are of fewer pairs, optimizer steps of as many as before
@@ -148,7 +189,9 @@ def train(
         # Out of memory, it is called again, and goes on from the newest checkpoint.
         arguments = _arguments(recipe, checkpoints, len(train_rows), base, size)
         with _trainer(base, recipe, arguments, train_rows, held_out_rows, watch) as trainer:
-            return _finish(trainer, base, recipe, adapter, checkpoints, start)
+            judged = not keep_any and recipe.loss != "sft" and len(held_out_rows) >= MIN_WATCHED
+            watched = held_out_rows if judged else []
+            return _finish(trainer, base, recipe, adapter, checkpoints, start, watched)
 
     return halving(
         "micro_batch", micro_batch, attempt, lambda size: _smaller(micro_batch * accumulation, size)
@@ -195,24 +238,51 @@ def _finish(
     adapter: Path,
     checkpoints: Path,
     start: Path | None,
+    watched: list[dict[str, Any]],
 ) -> TrainingResult:
-    """Train from the newest checkpoint to the end and write the adapter."""
+    """Train from the newest checkpoint to the end and write the adapter, if `watched` bear it."""
     model = trainer.policy
     if start is not None:
         set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
+    beginning = {name: w.cpu().clone() for name, w in get_peft_model_state_dict(model).items()}
+    before = margins(model, watched, recipe.beta) if watched else np.zeros(0)
     checkpoint = newest_checkpoint(checkpoints)
     with finish_step() as asked, _shared_prefixes(trainer, recipe) as sharing:
         trainer.add_callback(_Stop(asked))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if asked():
             raise KeyboardInterrupt
+    carry_over = _carry_over(margins(model, watched, recipe.beta) - before) if watched else None
+    kept = carry_over is None or carry_over.low > 0
+    if not kept:
+        set_peft_model_state_dict(model, beginning)
     with atomic_directory(adapter) as partial:
         model.save_pretrained(str(partial))
         _name_base(partial, base)
     state = trainer.state
     best = state.best_global_step or state.global_step
     remove_checkpoints(checkpoints)
-    return TrainingResult(state.global_step, best, _history(state.log_history), sharing)
+    history = _history(state.log_history)
+    return TrainingResult(state.global_step, best, history, sharing, carry_over, kept)
+
+
+def margins(model: PeftModel, rows: Sequence[dict[str, Any]], beta: float) -> np.ndarray:
+    """[len(rows)] DPO's implicit reward margins: beta times the difference of two log-ratios.
+
+    Rafailov et al., arXiv 2305.18290, section 4. `rows` are those of `split_pairs`.
+    """
+    responses = [
+        (row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")
+    ]
+    policy = [float(logprobs.sum()) for logprobs in response_logprobs(model, responses)]
+    reference = [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in rows]
+    ratios = np.array(policy).reshape(-1, 2) - np.array(reference)
+    return beta * (ratios[:, 0] - ratios[:, 1])
+
+
+def _carry_over(gains: np.ndarray) -> CarryOver:
+    low, high = bootstrap_mean(gains, np.arange(len(gains)))
+    return CarryOver(float(gains.mean()), low, high, len(gains))
 
 
 def split_pairs(

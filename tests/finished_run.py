@@ -99,6 +99,7 @@ def make_run(path: Path, *, finished: bool = True) -> Run:
             "memory": {"planned": 5 * 2**30, "measured": 11 * 2**29},
             "steps": 2,
             "best_step": 2,
+            "kept": True,
             "prefix_sharing": "on",
             "history": history,
         }

@@ -97,7 +97,7 @@ PERSONALIZE_BAD: list[tuple[list[str], int, str]] = [
     (["--run", "{d}/few.txt"], 1, "{d}/few.txt is a file, not a run directory."),
     (["--run", "{d}"], 1, "{d} is not empty and not a run directory."),
     (["--run", "{d}/few.txt/below"], 1, "{d}/few.txt/below can not be written."),
-    (["--base", "../../etc"], 1, "../../etc is not a model directory"),
+    (["--base", "{d}/../other"], 1, "There is no base '{d}/../other'."),
     (["--base", "x; rm -rf /"], 1, "There is no base 'x; rm -rf /'."),
     (["--base", ""], 1, ". is not a model directory"),
     (["--base", "{d}/few.txt"], 1, ""),

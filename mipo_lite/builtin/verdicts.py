@@ -66,7 +66,8 @@ def same_distribution(case: Case, adapter: Path) -> None:
 
 def fast(case: Case, adapter: Path) -> None:
     recipe = case.recipe.model_copy(update={"learning_rate": 50 * case.recipe.learning_rate})
-    _train(replace(case, recipe=recipe), adapter, *_pairs(case, "pairs"))
+    # Training would not keep it; here the verdict has to see it.
+    _train(replace(case, recipe=recipe), adapter, *_pairs(case, "pairs"), keep_any=True)
 
 
 def by_heart(case: Case, adapter: Path) -> None:
@@ -177,11 +178,16 @@ def _pairs(
 
 
 def _train(
-    case: Case, adapter: Path, pairs: list[dict[str, Any]], scores: list[dict[str, Any]]
+    case: Case,
+    adapter: Path,
+    pairs: list[dict[str, Any]],
+    scores: list[dict[str, Any]],
+    keep_any: bool = False,
 ) -> None:
     from ..training import train
 
-    train(case.base, pairs, scores, case.recipe, adapter, adapter.with_name("checkpoints"))
+    checkpoints = adapter.with_name("checkpoints")
+    train(case.base, pairs, scores, case.recipe, adapter, checkpoints, keep_any=keep_any)
 
 
 if __name__ == "__main__":
