@@ -13,12 +13,13 @@ import struct
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .console import console
 from .disk import require_disk
 from .errors import UserError
 from .known_bases import KNOWN, KnownBase
@@ -48,6 +49,36 @@ class BaseSource:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class BaseOffer:
+    """A base that can be had, before anything of it is downloaded.
+
+    Attributes:
+        name, revision, reason: as of `BaseSource`.
+        path: where it lies; None while it has to be downloaded.
+        files: what has to be downloaded, file -> bytes.
+    """
+
+    name: str
+    path: Path | None = None
+    revision: str | None = None
+    reason: str = ""
+    files: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        words = [self.name]
+        if self.path is None:
+            words.append(f"{sum(self.files.values()) / 1e9:.1f} GB to download")
+        return ", ".join(words) + (f" ({self.reason})" if self.reason else "")
+
+    def fetch(self) -> BaseSource:
+        """Download it, or go on with an interrupted download. Raises UserError."""
+        if self.path is not None:
+            return BaseSource(self.name, self.path, self.revision, self.reason)
+        path = download(self.name, self.revision, self.files)
+        return BaseSource(self.name, path, path.name, self.reason)
+
+
 def find_base(
     name: str,
     *,
@@ -57,21 +88,51 @@ def find_base(
 ) -> BaseSource:
     """Where the base `name` lies, downloading it when it is a Hugging Face id.
 
+    What `auto` chose and what will be downloaded is printed before the download begins.
+
     Args:
         revision: the commit of a Hugging Face id; None takes the newest.
         recipe, context_tokens: what `auto` has to fit on the GPU.
 
     Raises UserError when there is no such base or it can not be had.
     """
+    failed: dict[str, str] = {}
+    while True:
+        if name == "auto":
+            offer = _choose(recipe, context_tokens, failed)
+        else:
+            offer = look_up(name, revision)
+        if offer.reason or offer.path is None:
+            console.print(f"Base: {offer}", soft_wrap=True)
+        try:
+            return offer.fetch()
+        except UserError as error:
+            if name != "auto":
+                raise
+            failed[offer.name] = error.what
+
+
+def look_up(
+    name: str,
+    revision: str | None = None,
+    recipe: Recipe | None = None,
+    context_tokens: int | None = None,
+) -> BaseOffer:
+    """The base that `find_base` would take. Downloads nothing; asks the hub for file sizes only.
+
+    Raises UserError as `find_base` does, but for what only a download can show.
+    """
     if name == "auto":
-        return _choose(recipe, context_tokens)
+        return _choose(recipe, context_tokens, {})
     if name == "builtin":
-        return BaseSource("builtin", BUILTIN)
+        return BaseOffer("builtin", BUILTIN)
     if Path(name).is_dir():
-        return BaseSource(name, check_weights(Path(name)))
+        return BaseOffer(name, check_weights(Path(name)))
     _check_name(name)
-    path = cached(name, revision) or download(name, revision)
-    return BaseSource(name, path, revision=path.name)
+    path = cached(name, revision)
+    if path is not None:
+        return BaseOffer(name, path, revision=path.name)
+    return BaseOffer(name, revision=revision, files=files_to_download(name, revision))
 
 
 def recorded_source(record: dict[str, Any]) -> BaseSource:
@@ -118,12 +179,12 @@ def cached(name: str, revision: str | None = None) -> Path | None:
         return None
 
 
-def download(name: str, revision: str | None = None) -> Path:
-    """Download a base into the cache of huggingface_hub, or go on with an interrupted download.
+def files_to_download(name: str, revision: str | None = None) -> dict[str, int]:
+    """What a download of a base takes from the hub, file -> bytes.
 
     Raises UserError: no such model, a licence to agree to, no network, no safetensors, no disk.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants
 
     with _hub_errors(name):
         found = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=20)
@@ -136,9 +197,20 @@ def download(name: str, revision: str | None = None) -> Path:
             + (f", only {', '.join(sorted(kinds))}." if kinds else "."),
             "Choose a repository with *.safetensors; other weights are not loaded.",
         )
-    require_disk(Path(constants.HF_HUB_CACHE), sum(sizes[file] for file in wanted), name)
+    files = {file: sizes[file] for file in wanted}
+    require_disk(Path(constants.HF_HUB_CACHE), sum(files.values()), name)
+    return files
+
+
+def download(name: str, revision: str | None, files: Iterable[str]) -> Path:
+    """Download `files` of a base into the cache of huggingface_hub, or go on with a download.
+
+    Raises UserError: a licence to agree to, no network, a download that is not whole.
+    """
+    from huggingface_hub import snapshot_download
+
     with _hub_errors(name):
-        path = snapshot_download(name, revision=revision, allow_patterns=wanted)
+        path = snapshot_download(name, revision=revision, allow_patterns=list(files))
     return check_weights(Path(path))
 
 
@@ -239,30 +311,29 @@ def why_not(known: KnownBase, online: bool) -> str:
     return "" if online else "not in the cache, no network"
 
 
-def _choose(recipe: Recipe | None, context_tokens: int | None) -> BaseSource:
-    """The best base of the table that fits the GPU and can be had, else the built-in one."""
+def _choose(recipe: Recipe | None, context_tokens: int | None, failed: dict[str, str]) -> BaseOffer:
+    """The best base of the table that fits the GPU and can be had, else the built-in one.
+
+    Args:
+        failed: bases to pass over, with the reason; those that prove not to be had are added.
+    """
     from .machine import find_gpu
 
     if find_gpu() is None:
-        return BaseSource("builtin", BUILTIN, reason="no CUDA GPU found, so the built-in base")
+        return BaseOffer("builtin", BUILTIN, reason="no CUDA GPU found, so the built-in base")
     from .planning import choose_base
 
     online = hub_reachable()
-    failed: dict[str, str] = {}
     while True:
         choice = choose_base(
             recipe=recipe,
             context_tokens=context_tokens,
             why_not=lambda known: failed.get(known.name) or why_not(known, online),
         )
-        if choice.name == "builtin":
-            return BaseSource("builtin", BUILTIN, reason=choice.reason)
         try:
-            path = cached(choice.name) or download(choice.name)
+            return replace(look_up(choice.name), reason=choice.reason)
         except UserError as error:
             failed[choice.name] = error.what
-            continue
-        return BaseSource(choice.name, path, path.name, choice.reason)
 
 
 def _check_name(name: str) -> None:

@@ -43,6 +43,9 @@ TrustOption = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that the base's repository brings along."),
 ]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")
+]
 
 
 @app.callback()
@@ -69,16 +72,15 @@ def personalize(
     ] = None,
     seed: SeedOption = None,
     trust_remote_code: TrustOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")
-    ] = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Make the base use your page: pairs, training, evaluation, merged model and GGUF.
 
     Run it again with the same --run and it goes on where it stopped.
     """
     from . import pipeline
-    from .report.summary import print_plan, print_summary
+    from .plan_report import print_preview
+    from .report.summary import print_summary
 
     arguments: dict[str, Any] = {
         "base": base,
@@ -89,7 +91,7 @@ def personalize(
         "run": run,
     }
     if dry_run:
-        print_plan(pipeline.preview(user_context, **arguments))
+        print_preview(pipeline.preview(user_context, **arguments))
         return
     with stoppable():
         finished = pipeline.personalize(
@@ -130,29 +132,33 @@ def improve(
     ] = None,
     seed: SeedOption = None,
     trust_remote_code: TrustOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Make answers say more about their question: sums, multiple choice; no answers needed.
 
     Run it again with the same --run and it goes on where it stopped.
     """
-    from .improve_flow import improve as start
+    from . import improve_flow
+    from .plan_report import print_preview
     from .report.summary import print_summary
 
+    arguments: dict[str, Any] = {
+        "eval_prompts": eval_prompts,
+        "question_column": question_column,
+        "answer_column": answer_column,
+        "negatives": negatives,
+        "rounds": rounds,
+        "base": base,
+        "recipe": recipe,
+        "settings": settings or [],
+        "run": run,
+        "seed": seed,
+    }
+    if dry_run:
+        print_preview(improve_flow.preview(prompts, **arguments))
+        return
     with stoppable():
-        finished = start(
-            prompts,
-            eval_prompts=eval_prompts,
-            question_column=question_column,
-            answer_column=answer_column,
-            negatives=negatives,
-            rounds=rounds,
-            base=base,
-            recipe=recipe,
-            settings=settings or [],
-            run=run,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-        )
+        finished = improve_flow.improve(prompts, **arguments, trust_remote_code=trust_remote_code)
     print_summary(finished)
 
 

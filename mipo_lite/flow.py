@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from .base import Base, load_base
-from .bases import BaseSource, find_base, recorded_source
+from .bases import BaseOffer, BaseSource, find_base, look_up, recorded_source
 from .console import console
 from .contexts import Persona
 from .errors import UserError
 from .out_of_memory import remembering
 from .planning import count_tokens, settle, watch_memory
 from .prompts import Prompt, from_row
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, load_recipe_for
 from .run import Run, fingerprint, read_json, read_jsonl
 
 VERSIONS = ("mipo-lite", "torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python")
@@ -81,6 +81,32 @@ class Stage:
     reads: Callable[[Flow], Any] = lambda flow: None
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What a command would do.
+
+    Attributes:
+        path: the run directory.
+        prompts: how many to train on, and how many are held out.
+        words: length of the user context; None without one.
+    """
+
+    path: Path
+    base: BaseOffer
+    recipe: Recipe
+    prompts: tuple[int, int]
+    stages: tuple[Stage, ...]
+    words: int | None = None
+
+    @property
+    def done(self) -> set[str]:
+        """Names of the stages that an earlier run in the same directory has finished."""
+        if not (self.path / "run.json").is_file():
+            return set()
+        stages = Run(self.path).meta["stages"]
+        return {name for name, entry in stages.items() if entry["state"] == "done"}
+
+
 def open_or_create(
     path: Path,
     inputs: dict[str, Any],
@@ -134,17 +160,31 @@ def resolve(
     defaults: tuple[str, str] = ("builtin", "default"),
     text: str = "",
 ) -> tuple[Recipe, BaseSource]:
-    """The recipe and the base. Without a recipe, the base decides: `defaults` (built-in, other)."""
+    """The recipe and the base, downloaded. Without a recipe, the base decides: see
+    `recipe.load_recipe_for`."""
     settings = list(settings)
     wanted = load_recipe(recipe, settings, flags)
-    tokens = count_tokens(text, "auto") if wanted.base == "auto" else None
-    source = find_base(wanted.base, recipe=wanted, context_tokens=tokens)
-    if source.reason:
-        console.print(f"Base: {source.name} ({source.reason})")
-    if recipe is None:
-        name = defaults[source.name != "builtin"]
-        wanted = load_recipe(name, settings, flags)
-    return wanted, source
+    source = find_base(wanted.base, recipe=wanted, context_tokens=_tokens(wanted, text))
+    return load_recipe_for(source.name, recipe, settings, flags, defaults), source
+
+
+def foresee(
+    recipe: str | None,
+    settings: Iterable[str],
+    flags: dict[str, Any],
+    defaults: tuple[str, str] = ("builtin", "default"),
+    text: str = "",
+) -> tuple[Recipe, BaseOffer]:
+    """What `resolve` would give, before anything is downloaded."""
+    settings = list(settings)
+    wanted = load_recipe(recipe, settings, flags)
+    offer = look_up(wanted.base, recipe=wanted, context_tokens=_tokens(wanted, text))
+    return load_recipe_for(offer.name, recipe, settings, flags, defaults), offer
+
+
+def _tokens(wanted: Recipe, text: str) -> int | None:
+    """Tokens of the user context, as far as the choice of the base depends on them."""
+    return count_tokens(text, "auto") if wanted.base == "auto" else None
 
 
 def execute(flow: Flow, only: str | None = None) -> None:

@@ -15,7 +15,7 @@ from .base import BaseSource, load_tokenizer
 from .console import console
 from .contexts import build_messages, encode_prompt
 from .errors import UsageError, UserError
-from .flow import Flow, Stage, execute, open_or_create, resolve
+from .flow import Flow, Preview, Stage, execute, foresee, open_or_create, resolve
 from .negatives import NEGATIVES, make_pairs
 from .pipeline import STAGES
 from .problems import LEAST, Problem, load_problems, split_problems
@@ -71,6 +71,37 @@ def improve(
     return flow.run
 
 
+def preview(
+    prompts: Path,
+    *,
+    eval_prompts: Path | None,
+    question_column: str | None,
+    answer_column: str | None,
+    base: str | None,
+    recipe: str | None,
+    settings: Iterable[str],
+    negatives: str | None,
+    rounds: int | None,
+    seed: int | None,
+    run: Path | None,
+) -> Preview:
+    """What `improve` would do with these arguments, without doing any of it.
+
+    Which questions a base has no room for shows only once it is downloaded.
+
+    Raises UserError for bad input, as `improve` does.
+    """
+    problems: Sequence[Problem] = _read(prompts, eval_prompts, (question_column, answer_column))
+    flags = {"base": base, "negatives": negatives, "rounds": rounds, "seed": seed}
+    chosen, offer = foresee(recipe, settings, flags, _defaults(problems))
+    _check_negatives(chosen)
+    if offer.path is not None:
+        problems = _fitting(offer.fetch(), problems, chosen, trust_remote_code=False)
+    train = sum(problem.split == "train" for problem in problems)
+    path = run or Path("runs") / prompts.stem
+    return Preview(path, offer, chosen, (train, len(problems) - train), IMPROVE_STAGES)
+
+
 def prepare(
     prompts: Path,
     *,
@@ -86,13 +117,8 @@ def prepare(
     """Check every input and create the run directory, or open the one to go on with."""
     settings = list(settings)
     problems = _read(prompts, eval_prompts, columns)
-    kind = "multiple-choice" if any(problem.choices for problem in problems) else "math"
-    chosen, source = resolve(recipe, settings, flags | {"base": base}, ("math-builtin", kind))
-    if chosen.negatives not in NEGATIVES:
-        raise UsageError(
-            f"negatives={chosen.negatives} is for personalize: a question has no context.",
-            f"Use one of: {', '.join(NEGATIVES)}.",
-        )
+    chosen, source = resolve(recipe, settings, flags | {"base": base}, _defaults(problems))
+    _check_negatives(chosen)
     fitting = _fitting(source, problems, chosen, trust_remote_code)
     inputs = {
         "command": "improve",
@@ -118,6 +144,20 @@ def prepare(
         fixed=given_settings(settings),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _defaults(problems: Sequence[Problem]) -> tuple[str, str]:
+    """The recipe where none is named: for the built-in base, and for others."""
+    choices = any(problem.choices for problem in problems)
+    return "math-builtin", "multiple-choice" if choices else "math"
+
+
+def _check_negatives(recipe: Recipe) -> None:
+    if recipe.negatives not in NEGATIVES:
+        raise UsageError(
+            f"negatives={recipe.negatives} is for personalize: a question has no context.",
+            f"Use one of: {', '.join(NEGATIVES)}.",
+        )
 
 
 def _read(

@@ -16,7 +16,7 @@ from .bases import recorded_source
 from .console import console, progress
 from .contexts import load_facts, load_user_context, persona_pool
 from .errors import UsageError, UserError
-from .flow import Flow, Stage, execute, open_or_create, resolve
+from .flow import Flow, Preview, Stage, execute, foresee, open_or_create, resolve
 from .prompts import Prompt, load_prompts, may_matter
 from .recipe import Recipe, given_settings, load_recipe
 from .run import Run, append_jsonl, fingerprint, read_jsonl, truncate_jsonl, write_json
@@ -65,28 +65,23 @@ def personalize(
     return flow.run
 
 
-def preview(user_context: Path, **arguments: Any) -> dict[str, Any]:
+def preview(user_context: Path, **arguments: Any) -> Preview:
     """What `personalize` would do with these arguments, without doing any of it.
+
+    Whether the context fits a base that has to be downloaded shows only in the run.
 
     Raises UserError for bad input, as `personalize` does.
     """
     text = load_user_context(user_context)
     prompts = load_prompts(arguments["prompts"])
     flags = {"base": arguments["base"], "seed": arguments["seed"]}
-    recipe, source = resolve(arguments["recipe"], arguments["settings"], flags)
-    check_context_fits(source, text, recipe.max_new_tokens)
-    path = arguments["run"] or Path("runs") / user_context.stem
-    done = Run(path).meta["stages"] if (path / "run.json").is_file() else {}
+    recipe, offer = foresee(arguments["recipe"], arguments["settings"], flags, text=text)
+    _check_negatives(recipe)
+    if offer.path is not None:
+        check_context_fits(offer.fetch(), text, recipe.max_new_tokens)
     train = sum(prompt.split == "train" for prompt in prompts)
-    return {
-        "run": path,
-        "base": source,
-        "recipe": recipe,
-        "words": len(text.split()),
-        "prompts": (train, len(prompts) - train),
-        "done": [stage.name for stage in STAGES if done.get(stage.name, {}).get("state") == "done"],
-        "stages": [stage.name for stage in STAGES],
-    }
+    path = arguments["run"] or Path("runs") / user_context.stem
+    return Preview(path, offer, recipe, (train, len(prompts) - train), STAGES, len(text.split()))
 
 
 def prepare(
@@ -106,11 +101,7 @@ def prepare(
     chosen_prompts = load_prompts(prompts)
     settings = list(settings)
     chosen, source = resolve(recipe, settings, {"base": base, "seed": seed}, text=text)
-    if chosen.negatives not in NEGATIVES:
-        raise UsageError(
-            f"negatives can not be {chosen.negatives!r} for personalize.",
-            f"Choose one of: {', '.join(NEGATIVES)}.",
-        )
+    _check_negatives(chosen)
     check_context_fits(source, text, chosen.max_new_tokens, trust_remote_code)
     path = run or Path("runs") / user_context.stem
     inputs = {
@@ -135,6 +126,14 @@ def prepare(
         text=text,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _check_negatives(recipe: Recipe) -> None:
+    if recipe.negatives not in NEGATIVES:
+        raise UsageError(
+            f"negatives can not be {recipe.negatives!r} for personalize.",
+            f"Choose one of: {', '.join(NEGATIVES)}.",
+        )
 
 
 def open_flow(path: Path, settings: Iterable[str] = (), trust_remote_code: bool = False) -> Flow:

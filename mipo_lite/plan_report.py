@@ -1,4 +1,5 @@
-"""`mipo-lite plan`: what the planner found, for people or as JSON; and the table of the recipes.
+"""`mipo-lite plan`: what the planner found, for people or as JSON; what `--dry-run` says; and the
+tables of the recipes.
 
 `python -m mipo_lite.plan_report` prints the tables of recipes/README.md.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants
 from rich.table import Table
@@ -20,6 +21,9 @@ from .fitting import Device, Stage
 from .memory import GIB, MIB
 from .planning import Choice, Plan, choose_base, count_tokens, find_device, gib, pairs, plan
 from .recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from .flow import Preview
 
 # The card each recipe is made for, GiB; None for the CPU.
 RECIPE_CARDS = {"6gb": 6, "8gb": 8, "12gb": 12, "24gb": 24, "careful": 12}
@@ -107,6 +111,29 @@ def print_plan(planned: Plan) -> None:
             else ", not measured: the first run on a GPU measures and corrects it."
         )
     )
+
+
+def print_preview(preview: Preview) -> None:
+    """What a command with --dry-run would do."""
+    recipe = preview.recipe
+    train, held_out = preview.prompts
+    lines = {"Run": str(preview.path), "Base": str(preview.base)}
+    about_others = ""
+    if preview.words is not None:
+        lines["Context"] = f"{preview.words} words"
+        about_others = f", {recipe.pool_positives:.0%} about other personas"
+    lines["Prompts"] = f"{train} to train on, {held_out} held out"
+    lines["Pairs"] = f"{recipe.pairs}, negatives {recipe.negatives}{about_others}"
+    lines["Training"] = (
+        f"LoRA r {recipe.lora_rank}, {recipe.epochs:g} epochs at {recipe.learning_rate:g}, "
+        f"{recipe.batch_size} pairs a step"
+    )
+    for name, words in lines.items():
+        console.print(f"{name + ':':<9} {words}", markup=False, soft_wrap=True)
+    for stage in preview.stages:
+        state = "done already" if stage.name in preview.done else "to do"
+        console.print(f"  {stage.name}: {state}")
+    console.print("Nothing was started.")
 
 
 def _parts(stage: Stage, device: Device) -> Table:

@@ -163,6 +163,18 @@ def load_recipe(
     return make_recipe(values)
 
 
+def load_recipe_for(
+    base: str,
+    name_or_file: str | None = None,
+    assignments: Iterable[str] = (),
+    flags: dict[str, Any] | None = None,
+    defaults: tuple[str, str] = ("builtin", "default"),
+) -> Recipe:
+    """As `load_recipe`, but without a recipe the base decides: `defaults` (built-in, other)."""
+    default = defaults[base != "builtin"]
+    return load_recipe(default if name_or_file is None else name_or_file, assignments, flags)
+
+
 def given_settings(assignments: Iterable[str]) -> set[str]:
     """The names of the settings in `key=value` assignments."""
     return {assignment.partition("=")[0].strip() for assignment in assignments}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from mipo_lite import bases, machine, planning
+from mipo_lite import bases, cli, machine, pipeline, planning
 from mipo_lite.bases import BUILTIN, cached, check_weights, config_of, find_base, wanted_files
 from mipo_lite.errors import UserError
 from mipo_lite.fitting import Device
+from mipo_lite.flow import resolve
 from mipo_lite.known_bases import KNOWN
 from mipo_lite.memory import GIB
 
@@ -310,6 +312,90 @@ def test_auto_goes_on_when_a_download_fails(hub, card):
     model(hub.snapshot("Qwen/Qwen3-1.7B"))
     hub.error = http_error(errors.HfHubHTTPError)
     assert find_base("auto").name == "Qwen/Qwen3-1.7B"
+
+
+def test_a_download_is_announced_before_it_begins(hub, card, monkeypatch, capsys):
+    hub.files["model.safetensors"] = 2_500_000_000
+    monkeypatch.setattr(bases, "require_disk", lambda *_: None)
+    said = []
+    begin = huggingface_hub.snapshot_download
+
+    def download(*arguments, **options):
+        if not options.get("local_files_only"):
+            said.append(capsys.readouterr().out)
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    find_base(NAME)
+    find_base("auto")
+    assert said[0] == f"Base: {NAME}, 2.5 GB to download\n"
+    assert said[1].startswith("Base: Qwen/Qwen3-8B, 2.5 GB to download (the largest that fits")
+    find_base(NAME)
+    assert capsys.readouterr().out == ""
+
+
+def test_auto_goes_on_when_a_download_breaks_off(hub, card, monkeypatch, capsys):
+    begin = huggingface_hub.snapshot_download
+
+    def download(name, **options):
+        if not options.get("local_files_only") and name == "Qwen/Qwen3-8B":
+            raise ConnectionError("broken off")
+        return begin(name, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_base("auto").name == "Qwen/Qwen2.5-7B-Instruct"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("Base: Qwen/Qwen3-8B")
+    assert second.startswith("Base: Qwen/Qwen2.5-7B-Instruct")
+
+
+def test_looking_up_says_what_can_not_be_had(hub):
+    hub.error = http_error(errors.GatedRepoError)
+    with pytest.raises(UserError, match="asks for an agreement"):
+        bases.look_up(NAME)
+    hub.error = None
+    hub.files["model.safetensors"] = 10**18
+    with pytest.raises(UserError, match="Too little disk"):
+        bases.look_up(NAME)
+
+
+# --dry-run
+
+
+@pytest.mark.parametrize("base", ["auto", NAME])
+def test_a_dry_run_downloads_nothing_and_names_what_it_would(
+    hub, card, tmp_path, monkeypatch, capsys, base
+):
+    hub.files["model.safetensors"] = 2_500_000_000
+    monkeypatch.setattr(bases, "require_disk", lambda *_: None)
+    page, run = tmp_path / "me.txt", tmp_path / "run"
+    page.write_text("I like long walks. " * 500, "utf-8")
+    prompts = tmp_path / "sums.txt"
+    prompts.write_text("".join(f"What is {n} plus {n}?\n" for n in range(30)), "utf-8")
+    for given in (
+        ["personalize", "--user-context", str(page)],
+        ["improve", "--prompts", str(prompts)],
+    ):
+        command = ["mipo-lite", *given, "--base", base, "--run", str(run), "--dry-run"]
+        monkeypatch.setattr("sys.argv", command)
+        with suppress(SystemExit):
+            cli.main()
+        output = capsys.readouterr().out
+        assert "2.5 GB to download" in output
+        assert "Nothing was started." in output
+    assert not hub.downloads
+    assert not run.exists()
+
+
+def test_a_dry_run_names_the_base_that_the_run_takes(hub, card, tmp_path):
+    """`auto` depends on how long the context is."""
+    page = tmp_path / "me.txt"
+    page.write_text("I like long walks. " * 500, "utf-8")
+    given = {"base": "auto", "prompts": None, "recipe": None, "settings": [], "seed": None}
+    foreseen = pipeline.preview(page, **given, run=tmp_path / "run")
+    _, source = resolve(None, [], {"base": "auto"}, text=page.read_text("utf-8").strip())
+    assert foreseen.base.name == source.name
+    assert foreseen.base.name != find_base("auto").name
 
 
 def test_reachable(monkeypatch):
