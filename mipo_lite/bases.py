@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 BUILTIN = Path(__file__).parent / "builtin" / "model"
+NO_GPU = "no CUDA GPU found, so the built-in base"
 
 _NAMES = "Give builtin, a Hugging Face id such as Qwen/Qwen2.5-1.5B-Instruct, or a directory."
 
@@ -320,7 +321,7 @@ def _choose(recipe: Recipe | None, context_tokens: int | None, failed: dict[str,
     from .machine import find_gpu
 
     if find_gpu() is None:
-        return BaseOffer("builtin", BUILTIN, reason="no CUDA GPU found, so the built-in base")
+        return BaseOffer("builtin", BUILTIN, reason=NO_GPU)
     from .planning import choose_base
 
     online = hub_reachable()

@@ -316,14 +316,13 @@ def plan(
 ) -> None:
     """What fits: base, batch, length, memory by part. Starts nothing."""
     from .plan_report import report
-    from .recipe import given_settings, load_recipe
 
     report(
         base,
         vram_gib=vram,
         user_context=user_context,
-        recipe=load_recipe(recipe, settings or []),
-        fixed=given_settings(settings or []),
+        recipe=recipe,
+        settings=settings or [],
         as_json=as_json,
     )
 

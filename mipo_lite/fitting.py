@@ -158,7 +158,9 @@ class Case:
     # Scoring
 
     def scoring_options(self) -> tuple[int, ...]:
-        return SCORING_TOKENS if "scoring_tokens" in Recipe.model_fields else SCORING_TOKENS[:1]
+        if "scoring_tokens" in self.fixed:
+            return (self.recipe.scoring_tokens,)
+        return SCORING_TOKENS
 
     def scoring(self, tokens: int) -> Stage:
         # A row that is longer than a batch is scored alone.
@@ -193,12 +195,11 @@ class Case:
         for name in options:
             if name in self.fixed:
                 options[name] = [getattr(recipe, name)]
-            elif name not in Recipe.model_fields:  # the stages do the first and nothing else
-                options[name] = options[name][:1]
+        both_fixed = {"gradient_checkpointing", "activation_offload"} <= self.fixed
         for values in itertools.product(*options.values()):
             option = Training(*values)
             # Offloading whole activations would move all of them over the bus: only inputs.
-            if option.gradient_checkpointing or not option.activation_offload:
+            if option.gradient_checkpointing or not option.activation_offload or both_fixed:
                 yield option
 
     def batch(self, micro_batch: int) -> Batch:

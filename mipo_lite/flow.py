@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -115,7 +115,6 @@ def open_or_create(
     write: Callable[[Run], None],
     stages: tuple[Stage, ...],
     *,
-    fixed: Collection[str] = (),
     text: str = "",
     trust_remote_code: bool = False,
 ) -> Flow:
@@ -123,12 +122,11 @@ def open_or_create(
 
     Args:
         inputs: "command" and fingerprints of what the run is made from.
-        fixed: settings that the user has set: the plan for this GPU leaves them alone.
         text: the user context, whose length the plan depends on.
     """
     opened = Run(path) if (path / "run.json").is_file() else None
     recorded = opened.meta["recipe"] if opened else None
-    chosen, planned = settle(chosen, source.path, text, fixed=fixed, recorded=recorded)
+    chosen, planned = settle(chosen, source.path, text, recorded=recorded)
     inputs = {**inputs, "recipe": chosen.model_dump()}
     if opened is not None:
         _check_same(opened, inputs)

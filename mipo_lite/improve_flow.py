@@ -19,7 +19,7 @@ from .flow import Flow, Preview, Stage, execute, foresee, open_or_create, resolv
 from .negatives import NEGATIVES, make_pairs
 from .pipeline import STAGES
 from .problems import LEAST, Problem, load_problems, split_problems
-from .recipe import Recipe, given_settings
+from .recipe import Recipe
 from .run import Run, append_jsonl, fingerprint, read_jsonl, write_json
 
 
@@ -141,7 +141,6 @@ def prepare(
         source,
         write,
         IMPROVE_STAGES,
-        fixed=given_settings(settings),
         trust_remote_code=trust_remote_code,
     )
 

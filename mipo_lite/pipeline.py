@@ -122,7 +122,6 @@ def prepare(
         source,
         write,
         STAGES,
-        fixed=given_settings(settings),
         text=text,
         trust_remote_code=trust_remote_code,
     )

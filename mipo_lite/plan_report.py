@@ -7,20 +7,19 @@ tables of the recipes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from huggingface_hub import constants
 from rich.table import Table
 
-from .bases import why_not
+from .bases import NO_GPU, hub_reachable, why_not
 from .console import console
 from .contexts import load_user_context
 from .fitting import Device, Stage
 from .memory import GIB, MIB
 from .planning import Choice, Plan, choose_base, count_tokens, find_device, gib, pairs, plan
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, load_recipe_for
 
 if TYPE_CHECKING:
     from .flow import Preview
@@ -42,42 +41,53 @@ def report(
     *,
     vram_gib: float | None,
     user_context: Path | None,
-    recipe: Recipe,
-    fixed: Iterable[str] = (),
+    recipe: str | None = None,
+    settings: Sequence[str] = (),
     as_json: bool = False,
 ) -> None:
-    """Print what fits. Starts nothing, downloads at most a config.json.
+    """Print what `personalize` would take, and what fits. Starts nothing, downloads at most a
+    config.json.
 
     Args:
-        base: as for --base; None or auto shows the table of known bases as well.
-        fixed: names of the settings that the user has set: see `planning.plan`.
+        base, recipe, settings: as for `personalize`; auto shows the table of known bases as well.
 
-    Raises UserError for a base or a context that can not be had.
+    Raises UserError for a base, a recipe or a context that can not be had.
     """
     text = load_user_context(user_context) if user_context else None
     device = find_device(vram_gib)
-    wanted: dict[str, Any] = {"recipe": recipe, "fixed": frozenset(fixed), "device": device}
-    choice = None
-    tokens = None
-    if base in (None, "auto"):
-        base = "builtin"
-        if device.is_gpu:
-            online = not constants.HF_HUB_OFFLINE
-            tokens = count_tokens(text, "auto") if text else None
-            choice = choose_base(
-                **wanted, context_tokens=tokens, why_not=lambda known: why_not(known, online)
-            )
-            base = choice.name
-    tokens = count_tokens(text, base) if text else None
-    planned = plan(base, context_tokens=tokens, **wanted)
+    flags = {"base": base}
+    wanted = load_recipe(recipe, settings, flags)
+    choice, name, reason = None, wanted.base, ""
+    if name == "auto" and device.is_gpu:
+        choice = _choose(wanted, device, text)
+        name, reason = choice.name, choice.reason
+    elif name == "auto":
+        name, reason = "builtin", NO_GPU
+    planned = plan(
+        name,
+        context_tokens=count_tokens(text, name) if text else None,
+        recipe=load_recipe_for(name, recipe, settings, flags),
+        device=device,
+    )
     if as_json:
-        value = planned.to_json() | {"reason": choice.reason if choice else ""}
-        print(json.dumps(value, indent=2))
+        print(json.dumps(planned.to_json() | {"reason": reason}, indent=2))
         return
     if choice:
         console.print(_candidates(choice, device))
-        console.print(f"auto would take {choice.name}: {choice.reason}.\n")
+    if reason:
+        console.print(f"auto would take {name}: {reason}.\n")
     print_plan(planned)
+
+
+def _choose(recipe: Recipe, device: Device, text: str | None) -> Choice:
+    """What auto takes on this device, as `bases.find_base` chooses, but for failed downloads."""
+    online = hub_reachable()
+    return choose_base(
+        recipe=recipe,
+        context_tokens=count_tokens(text, "auto") if text else None,
+        device=device,
+        why_not=lambda known: why_not(known, online),
+    )
 
 
 def print_plan(planned: Plan) -> None:
@@ -197,7 +207,6 @@ def recipe_table() -> str:
         choice = choose_base(
             vram_gib=card,
             recipe=recipe,
-            fixed=recipe.model_fields_set,
             why_not=lambda known: "licence" if known.gated or known.restricted else "",
         )
         if choice.plan is None:
@@ -206,7 +215,7 @@ def recipe_table() -> str:
     for name in ("cpu", "quick", "builtin"):
         recipe = load_recipe(name)
         device = Device("CPU", 4 * GIB, False)
-        planned = plan("builtin", recipe=recipe, fixed=recipe.model_fields_set, device=device)
+        planned = plan("builtin", recipe=recipe, device=device)
         lines.append(_row(name, "CPU", planned))
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ recorded a peak of this machine (`calibration`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ PAGE = 512
 # What the driver and a desktop take of a card of a given size. A GPU that is there is asked.
 RESERVE = GIB // 4
 
-# The settings a plan decides.
+# The settings a plan decides on a GPU, as far as the recipe does not state them.
 PLANNED = (
     "sampling_batch",
     "scoring_tokens",
@@ -129,16 +129,17 @@ def plan(
     vram_gib: float | None = None,
     context_tokens: int | None = None,
     recipe: Recipe | None = None,
-    fixed: Collection[str] = (),
     device: Device | None = None,
 ) -> Plan:
     """Plan one base.
+
+    What the recipe states is kept; what it leaves to its defaults is planned, on a GPU. Without
+    one nothing is planned: a run then takes the recipe as it is.
 
     Args:
         base: a name as for --base (but auto), a config.json, or its shape.
         vram_gib: plan for a card of this size; None for the GPU found, else for the CPU.
         context_tokens: length of the user context; None for a page.
-        fixed: names out of `PLANNED` that the user has set; the recipe's values are kept.
         device: what to fit in, instead of looking for it.
 
     Raises UserError when the base's config can not be had.
@@ -148,6 +149,7 @@ def plan(
     device = device or find_device(vram_gib)
     recipe = recipe or make_recipe({})
     context = PAGE if context_tokens is None else context_tokens
+    fixed = recipe.model_fields_set if device.is_gpu else PLANNED
     case = Case(shape, device, recipe, context, frozenset(fixed))
     sampling = case.best_sampling()
     scoring = case.best_scoring()
@@ -170,7 +172,6 @@ def choose_base(
     vram_gib: float | None = None,
     context_tokens: int | None = None,
     recipe: Recipe | None = None,
-    fixed: Collection[str] = (),
     device: Device | None = None,
     why_not: Callable[[KnownBase], str] = lambda known: "",
 ) -> Choice:
@@ -184,9 +185,7 @@ def choose_base(
     candidates = []
     chosen: tuple[KnownBase, Plan] | None = None
     for known in KNOWN:
-        planned = plan(
-            known.config, device=device, context_tokens=context_tokens, recipe=recipe, fixed=fixed
-        )
+        planned = plan(known.config, device=device, context_tokens=context_tokens, recipe=recipe)
         planned = replace(planned, base=known.name)
         verdict = ""
         if chosen is None:
@@ -207,25 +206,26 @@ def settle(
     path: Path,
     text: str,
     *,
-    fixed: Collection[str] = (),
     recorded: Mapping[str, Any] | None = None,
 ) -> tuple[Recipe, Plan | None]:
     """The recipe of a run with batch sizes that fit this GPU, and the plan; without a GPU as it is.
 
+    What the recipe states is kept: see `plan`.
+
     Args:
         path: the directory of the base.
         text: the user context.
-        fixed: names of the settings that the user has set.
         recorded: the recipe of the run that is gone on with. Its batch sizes are kept: other ones
             would give other samples.
     """
     if recorded is not None:
-        kept = {key: recorded[key] for key in PLANNED if key in recorded and key not in fixed}
+        free = [key for key in PLANNED if key in recorded and key not in recipe.model_fields_set]
+        kept = {key: recorded[key] for key in free}
         return recipe.model_copy(update=kept), None
     if find_gpu() is None:
         return recipe, None
     tokens = count_tokens(text, str(path))
-    planned = plan(str(path), context_tokens=tokens, recipe=recipe, fixed=fixed)
+    planned = plan(str(path), context_tokens=tokens, recipe=recipe)
     return planned.apply(recipe), planned
 
 
@@ -249,11 +249,11 @@ def watch_memory(
     yield
     measured = int(torch.cuda.max_memory_reserved())
     tokens = count_tokens(text, str(path))
+    used = {name: getattr(recipe, name) for name in PLANNED} | found_sizes()
     planned = plan(
         str(path),
         context_tokens=tokens,
-        recipe=recipe.model_copy(update=found_sizes()),
-        fixed=[name for name in PLANNED if name in Recipe.model_fields],
+        recipe=recipe.model_copy(update=used),
         device=Device(gpu.name, gpu.total, True),
     ).stage(stage)
     entry["memory"] = {"planned": planned.planned, "measured": measured}
@@ -304,6 +304,8 @@ def _reasons(case: Case, sampling: int, scoring: int, training: Training) -> Ite
                 f"The stage {stage.name} does not fit: it needs {gib(stage.peak)} at the least, "
                 f"and there are {gib(budget)}."
             )
+    if not case.device.is_gpu:
+        yield "Without a GPU the settings are those of the recipe."
     yield _why_sampling(case, sampling)
     yield _why_micro_batch(case, training)
     if training.gradient_checkpointing:
@@ -311,7 +313,7 @@ def _reasons(case: Case, sampling: int, scoring: int, training: Training) -> Ite
             plain = replace(training, gradient_checkpointing=False, activation_offload=False)
             need = gib(case.training(plain).peak)
             yield f"Checkpointing, since without it training would need {need}."
-    else:
+    elif "gradient_checkpointing" not in case.fixed:
         yield "No checkpointing: all activations fit, and that is a third faster."
     if training.activation_offload and "activation_offload" not in case.fixed:
         need = gib(case.training(replace(training, activation_offload=False)).peak)

@@ -38,7 +38,11 @@ Loss = Literal[
 
 
 class Recipe(BaseModel):
-    """Every setting of a run. Defaults fit a real instruct model; they are starting points."""
+    """Every setting of a run. Defaults fit a real instruct model; they are starting points.
+
+    `model_fields_set` holds what a recipe, `--set` or a flag states. `planning` keeps that, and
+    decides on a GPU some of what is left to its default.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mipo_lite import calibration, machine, plan_report, planning
+from mipo_lite import calibration, machine, pipeline, plan_report, planning
 from mipo_lite.bases import BUILTIN
 from mipo_lite.errors import UserError
 from mipo_lite.fitting import PERSONA, PROMPT, Case, Device
 from mipo_lite.known_bases import KNOWN
 from mipo_lite.memory import CPU_PROCESS, CUDA_CONTEXT, GIB
-from mipo_lite.planning import choose_base, count_tokens, find_device, plan, settle
+from mipo_lite.planning import PLANNED, choose_base, count_tokens, find_device, plan, settle
 from mipo_lite.recipe import load_recipe, make_recipe
 from mipo_lite.shapes import shape_of
 
@@ -135,15 +135,23 @@ def test_pool_positives_bring_their_page_along():
 
 
 def test_what_the_user_has_set_is_kept():
-    recipe = make_recipe({"sampling_batch": 5, "micro_batch": 8, "gradient_checkpointing": True})
-    fixed = recipe.model_fields_set
-    planned = plan(QWEN_7B, vram_gib=24, recipe=recipe, fixed=fixed)
-    chosen = {key: planned.settings[key] for key in fixed}
-    assert chosen == {"sampling_batch": 5, "micro_batch": 8, "gradient_checkpointing": True}
+    stated = {"sampling_batch": 5, "scoring_tokens": 3000, "micro_batch": 8}
+    stated["gradient_checkpointing"] = True
+    recipe = make_recipe(stated)
+    planned = plan(QWEN_7B, vram_gib=24, recipe=recipe)
+    assert {key: planned.settings[key] for key in stated} == stated
     assert "5 responses are sampled at once, as the recipe says." in planned.reasons
-    too_much = plan(QWEN_7B, vram_gib=8, recipe=recipe, fixed=fixed)
+    too_much = plan(QWEN_7B, vram_gib=8, recipe=recipe)
     assert not too_much.fits
     assert any(reason.startswith("The stage train does not fit") for reason in too_much.reasons)
+
+
+def test_offloading_without_checkpointing_is_planned_when_it_is_stated():
+    stated = {"activation_offload": True, "gradient_checkpointing": False}
+    planned = plan(QWEN_7B, vram_gib=24, recipe=make_recipe(stated))
+    assert {key: planned.settings[key] for key in stated} == stated
+    either = plan(QWEN_7B, vram_gib=24, recipe=make_recipe({"activation_offload": True}))
+    assert either.settings["gradient_checkpointing"]
 
 
 def test_micro_batches_divide_the_batch():
@@ -213,11 +221,13 @@ def test_the_gpu_that_is_there(monkeypatch):
 
 
 def test_without_a_gpu_the_plan_is_for_main_memory():
-    planned = plan("builtin", recipe=load_recipe("builtin"))
+    recipe = load_recipe("builtin")
+    planned = plan("builtin", recipe=recipe)
     assert not planned.device.is_gpu
     assert planned.settings["optimizer"] == "adamw_torch"
     assert not planned.settings["activation_offload"]
     assert planned.peak < 2 * GIB
+    assert all(getattr(planned.apply(recipe), name) == getattr(recipe, name) for name in PLANNED)
     assert planned.stages[0].overhead == CPU_PROCESS
 
 
@@ -225,8 +235,7 @@ def test_no_driver_means_no_torch():
     """On a machine without a driver `plan` answers without loading torch."""
     code = (
         "import sys; from mipo_lite.plan_report import report; "
-        "from mipo_lite.recipe import load_recipe; "
-        "report('auto', vram_gib=8, user_context=None, recipe=load_recipe('default')); "
+        "report('auto', vram_gib=8, user_context=None); "
         "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -302,18 +311,40 @@ def test_a_cache_that_can_not_be_written_stops_nothing(cache, monkeypatch):
 
 
 def test_a_run_gets_what_fits_and_keeps_it(monkeypatch):
-    recipe = load_recipe("default")
+    recipe = load_recipe("default", ["micro_batch=4"])
     assert settle(recipe, BUILTIN, "a page") == (recipe, None)  # no GPU
     gpu = machine.Gpu("A card", 8 * GIB, 8 * GIB)
     monkeypatch.setattr(planning, "find_gpu", lambda: gpu)
-    chosen, planned = settle(recipe, BUILTIN, "a page", fixed={"micro_batch"})
+    chosen, planned = settle(recipe, BUILTIN, "a page")
     assert planned is not None
     assert planned.fits
     assert chosen.sampling_batch == planned.settings["sampling_batch"] == 64
     assert chosen.micro_batch == recipe.micro_batch
     recorded = chosen.model_copy(update={"sampling_batch": 3}).model_dump()
-    again, _ = settle(recipe, BUILTIN, "a page", fixed={"micro_batch"}, recorded=recorded)
+    again, _ = settle(recipe, BUILTIN, "a page", recorded=recorded)
     assert again.sampling_batch == 3
+
+
+def test_a_run_keeps_what_its_recipe_file_states(monkeypatch, tmp_path):
+    gpu = machine.Gpu("A card", 8 * GIB, 8 * GIB)
+    monkeypatch.setattr(planning, "find_gpu", lambda: gpu)
+    file = tmp_path / "mine.yaml"
+    file.write_text("sampling_batch: 5\ngradient_checkpointing: true\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    flow = pipeline.prepare(
+        ROOT / "examples" / "me.txt",
+        base="builtin",
+        prompts=None,
+        recipe=str(file),
+        settings=["micro_batch=2"],
+        seed=None,
+        run=None,
+    )
+    chosen = flow.run.meta["recipe"]
+    assert (chosen["sampling_batch"], chosen["micro_batch"]) == (5, 2)
+    assert chosen["gradient_checkpointing"] is True
+    free, _ = settle(load_recipe("default"), BUILTIN, "a page")
+    assert free.sampling_batch == 64 and free.gradient_checkpointing is False
 
 
 def test_the_peak_of_a_stage_is_kept(monkeypatch):
@@ -350,9 +381,7 @@ def test_the_peak_of_a_stage_is_kept(monkeypatch):
 def test_report_as_json(capsys, tmp_path):
     page = tmp_path / "me.txt"
     page.write_text("My dog is called Biscuit. " * 50, "utf-8")
-    plan_report.report(
-        QWEN_7B, vram_gib=8, user_context=page, recipe=load_recipe("default"), as_json=True
-    )
+    plan_report.report(QWEN_7B, vram_gib=8, user_context=page, recipe="default", as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["base"] == QWEN_7B
     assert found["fits"] is True
@@ -367,13 +396,46 @@ def test_report_as_json(capsys, tmp_path):
 
 
 def test_report_for_people(capsys):
-    plan_report.report("auto", vram_gib=8, user_context=None, recipe=load_recipe("default"))
+    plan_report.report("auto", vram_gib=8, user_context=None, recipe="default")
     text = capsys.readouterr().out
     for words in ("auto would take", "weights, NF4", "a tile of logits", "CUDA context", "It fits"):
         assert words in text
     assert "not measured" in text
-    plan_report.report(QWEN_7B, vram_gib=3, user_context=None, recipe=load_recipe("default"))
+    plan_report.report(QWEN_7B, vram_gib=3, user_context=None)
     assert "It does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", [None, "quick", "6gb"])
+@pytest.mark.parametrize("gpu", [None, machine.Gpu("A card", 8 * GIB, 8 * GIB)])
+def test_the_report_says_what_a_run_would_do(monkeypatch, capsys, tmp_path, recipe, gpu):
+    for module in (machine, planning):
+        monkeypatch.setattr(module, "find_gpu", lambda: gpu)
+    page = ROOT / "examples" / "me.txt"
+    settings = ["scoring_tokens=1500"]
+    plan_report.report(
+        None, vram_gib=None, user_context=page, recipe=recipe, settings=settings, as_json=True
+    )
+    found = json.loads(capsys.readouterr().out)
+    flow = pipeline.prepare(
+        page,
+        base=None,
+        prompts=None,
+        recipe=recipe,
+        settings=settings,
+        seed=None,
+        run=tmp_path / "run",
+    )
+    chosen = flow.run.meta["recipe"]
+    assert found["base"] == flow.run.meta["base"]["name"] == "builtin"
+    assert found["settings"] == {name: chosen[name] for name in planning.PLANNED}
+
+
+def test_the_report_says_why_auto_is_builtin(capsys):
+    plan_report.report(None, vram_gib=None, user_context=None)
+    text = capsys.readouterr().out
+    assert "auto would take builtin: no CUDA GPU found" in text
+    assert "Without a GPU the settings are those of the recipe." in text
+    assert "32 responses are sampled at once, as the recipe says." in text  # of builtin
 
 
 def test_report_for_a_base_that_can_not_be_had(monkeypatch):
@@ -381,7 +443,7 @@ def test_report_for_a_base_that_can_not_be_had(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not in the local cache"):
-        plan_report.report("org/none", vram_gib=8, user_context=None, recipe=make_recipe({}))
+        plan_report.report("org/none", vram_gib=8, user_context=None)
 
 
 def test_tokens_are_counted_where_the_tokenizer_is_here(tmp_path):
