@@ -15,6 +15,7 @@ Knows about token ids only: no text, no chat template.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,10 +92,28 @@ def sample(
         was_training = model.training
         model.eval()
         try:
-            samples = _decode_within(model, chunk, config, max_new_tokens, temperature, top_p)
+            with _no_generation_config(model):
+                samples = _decode_within(model, chunk, config, max_new_tokens, temperature, top_p)
         finally:
             model.train(was_training)
         yield from samples
+
+
+@contextmanager
+def _no_generation_config(model: Any) -> Iterator[None]:
+    """While the block runs, the model has no settings of its own for `generate`.
+
+    `generate` takes from there what a call leaves open. Many instruct models bring a
+    repetition_penalty, which counts the prompt too: a sample with it is not the model's own, and it
+    punishes words of the user's page.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    theirs = causal_lm.generation_config
+    causal_lm.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        causal_lm.generation_config = theirs
 
 
 def _decode_within(

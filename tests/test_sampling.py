@@ -121,3 +121,16 @@ def test_no_requests_and_empty_prompts():
     assert draw(model, []) == []
     with pytest.raises(ValueError, match="at least one token"):
         draw(model, [SampleRequest([], 0)])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_the_model_brings_for_generate_does_not_count(adapted):
+    model = tiny_model("qwen2")
+    model = with_lora(model) if adapted else model
+    plain = draw(model)
+    theirs = model.generation_config
+    theirs.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=2, min_new_tokens=30, suppress_tokens=[7, 8]
+    )
+    assert draw(model) == plain
+    assert model.generation_config is theirs
