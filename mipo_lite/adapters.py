@@ -91,14 +91,9 @@ def load_adapter(directory: Path | str) -> Adapter:
         UserError: there is no adapter, or it is of a kind that can not be merged.
     """
     directory = Path(directory)
+    check_adapter(directory)
     config = _config(directory)
     weights = directory / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(
-            f"{directory} has no adapter_model.safetensors.",
-            "Save the adapter with save_pretrained, which writes safetensors.",
-        )
-    check_adapter(directory)
     halves: dict[str, dict[str, torch.Tensor]] = {}
     replaced = {}
     for key, tensor in load_file(weights).items():
@@ -123,7 +118,17 @@ def load_adapter(directory: Path | str) -> Adapter:
 
 
 def check_adapter(directory: Path) -> None:
-    """Raises UserError when a file of the adapter is there but damaged."""
+    """Raises UserError when a file of the adapter is missing or damaged."""
+    if not (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} is not an adapter: it has no adapter_config.json.",
+            "Name a directory that PEFT's save_pretrained wrote.",
+        )
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{directory} has no adapter_model.safetensors.",
+            "Save the adapter with save_pretrained, which writes safetensors.",
+        )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         file = directory / name
         try:
@@ -141,11 +146,6 @@ def check_adapter(directory: Path) -> None:
 
 def _config(directory: Path) -> dict[str, Any]:
     file = directory / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(
-            f"{directory} is not an adapter: it has no adapter_config.json.",
-            "Name a directory that PEFT's save_pretrained wrote.",
-        )
     config: dict[str, Any] = json.loads(file.read_text("utf-8"))
     fix = "Merge this adapter with PEFT, then export the merged directory."
     if config.get("peft_type") != "LORA":

@@ -89,6 +89,8 @@ def load_facts(path: Path) -> dict[str, list[str]]:
         facts = yaml.safe_load(file.read_text("utf-8"))
         if not isinstance(facts, dict):
             raise ValueError("not a mapping")
+        if any(value in (None, "", []) for value in facts.values()):
+            raise ValueError("a topic without a fact")
         return accepted({str(topic): values for topic, values in facts.items()})
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(

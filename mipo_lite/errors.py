@@ -27,6 +27,10 @@ class UserError(Exception):
         return f"{self.what}\n{self.fix}"
 
 
+class NothingToLearn(UserError):
+    """The pairs hold no contrast, or too few of them do."""
+
+
 class UsageError(UserError):
     """The command line or a recipe asks for something that does not exist (exit code 2)."""
 

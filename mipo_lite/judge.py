@@ -81,7 +81,7 @@ class Judge:
                 {"role": "user", "content": user},
             ],
             "temperature": 0,
-            "max_tokens": 8,
+            "max_tokens": 1024,  # room for a model that thinks first
         }
         reply = self._post(body)
         try:
@@ -177,16 +177,12 @@ def judge_all(
     run = comparisons.run
     page = read_json(run / "context.json")["text"]
     file = run / JUDGEMENTS_FILE
-    done = {row["id"]: row for row in read_jsonl(file) if row["model"] == judge.model}
+    server = {"url": judge.url, "model": judge.model}
+    done = {row["id"]: row for row in read_jsonl(file) if server.items() <= row.items()}
     for comparison in comparisons.all:
         if comparison.id not in done:
             choice, letters = both_orders(judge, page, comparison)
-            row = {
-                "id": comparison.id,
-                "model": judge.model,
-                "choice": choice,
-                "letters": letters,
-            }
+            row = {"id": comparison.id, **server, "choice": choice, "letters": letters}
             append_jsonl(file, [row])
             done[comparison.id] = row
         advance(1)

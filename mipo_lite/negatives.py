@@ -24,7 +24,7 @@ import torch
 from .answers import find_answer
 from .base import Base
 from .console import progress
-from .errors import UserError
+from .errors import NothingToLearn, UserError
 from .pairs import PairPlan, plan_improve, sample_pairs
 from .problems import Problem
 from .prompts import Condition, Prompt
@@ -290,7 +290,7 @@ def answer_pair_rows(
     ]
     pairs = pair_answers(answers, recipe.pairs, recipe.seed)
     if len({pair.question for pair in pairs}) < 2:
-        raise UserError(
+        raise NothingToLearn(
             "The samples of each question all give the same answer: there is nothing to contrast.",
             "Use --negatives random, more questions, or more samples per question.",
         )

@@ -34,6 +34,7 @@ _MESSAGES = (
 )
 
 _sizes: dict[str, int] = {}
+_limits: dict[str, int] = {}
 _changed: Callable[[], None] | None = None
 
 
@@ -48,8 +49,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def fitting(setting: str, size: int) -> int:
-    """`size`, or what was found to fit instead."""
-    return min(size, _sizes.get(setting, size))
+    """`size`, or what was planned or found to fit instead."""
+    return min(size, _sizes.get(setting, size), _limits.get(setting, size))
 
 
 def found_sizes() -> dict[str, int]:
@@ -101,18 +102,21 @@ def halving(
 
 
 @contextmanager
-def remembering(sizes: dict[str, int], save: Callable[[], None]) -> Iterator[None]:
+def remembering(
+    sizes: dict[str, int], save: Callable[[], None], limits: dict[str, int] | None = None
+) -> Iterator[None]:
     """While the block runs, begin with these sizes; a new one goes into them and `save` is called.
 
-    Without it, sizes are remembered until the process ends.
+    Without it, sizes are remembered until the process ends. `limits` are not exceeded and not
+    changed.
     """
-    global _sizes, _changed
-    before = _sizes, _changed
-    _sizes, _changed = sizes, save
+    global _sizes, _changed, _limits
+    before = _sizes, _changed, _limits
+    _sizes, _changed, _limits = sizes, save, limits or {}
     try:
         yield
     finally:
-        _sizes, _changed = before
+        _sizes, _changed, _limits = before
 
 
 def _let_go() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -261,7 +262,7 @@ def _question_reader(path: Path, rows: Sequence[Row], given: str | None) -> Call
 def _answer_reader(path: Path, rows: Sequence[Row], given: str | None) -> Callable[[Row], Any]:
     columns = {column for row in rows for column in row.values}
     if given is not None and rows and given.lower() not in columns:
-        raise UsageError(f"{path} has no column {given!r}.", _columns(columns))
+        raise UsageError(f"{path} has no column {given!r}.", _columns(columns, "--answer-column"))
     names = ANSWER_COLUMNS if given is None else (given.lower(),)
     name = next((name for name in names if name in columns), None)
     return lambda row: None if name is None else row.values.get(name)
@@ -319,9 +320,11 @@ def _value(row: Row, names: Sequence[str]) -> Any:
     return next((row.values[n] for n in names if row.values.get(n) not in (None, "")), None)
 
 
-def _columns(columns: set[str]) -> str:
-    names = ", ".join(sorted(columns)[:12]) or "none"
-    return f"Name it with --question-column; the file's columns: {names}."
+def _columns(columns: set[str], flag: str = "--question-column") -> str:
+    """What to do; names of columns only if they look like names, and not like a first row."""
+    if not all(re.fullmatch(r"[\w.+-]+( [\w.+-]+)?", column) for column in columns):
+        return f"Name it with {flag}; a CSV file needs the names of its columns in the first line."
+    return f"Name it with {flag}; the file's columns: {', '.join(sorted(columns)[:12]) or 'none'}."
 
 
 def _count(number: int, noun: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from .base import Base
 from .console import console, progress
+from .errors import NothingToLearn
 from .evaluation import AFTER, answer, policies
 from .filtering import score_pairs
 from .improving import held_out_questions, measure
@@ -81,26 +82,30 @@ def more_rounds(
         previous = best / "adapter"
         # Other samples than in the round before, and the same ones when the run goes on.
         varied = recipe.model_copy(update={"seed": (recipe.seed + 7919 * (number - 1)) % 2**31})
-        if not (directory / "adapter").exists():
-            with _acting(base, previous):
-                make_pairs(base, train_on, negatives, samples, varied, directory)
-            pairs = read_jsonl(directory / "pairs.jsonl")
-            with (
-                _acting(base, previous if reference == "previous" else None),
-                progress("Scoring pairs", len(pairs)) as advance,
-            ):
-                score_pairs(base, pairs, varied, directory / "scores.jsonl", advance)
-            with progress(f"Training, round {number}", 1) as bar:
-                train(
-                    base,
-                    pairs,
-                    read_jsonl(directory / "scores.jsonl"),
-                    varied,
-                    directory / "adapter",
-                    directory / "checkpoints",
-                    bar.set,
-                    start=previous,
-                )
+        try:
+            if not (directory / "adapter").exists():
+                with _acting(base, previous):
+                    make_pairs(base, train_on, negatives, samples, varied, directory)
+                pairs = read_jsonl(directory / "pairs.jsonl")
+                with (
+                    _acting(base, previous if reference == "previous" else None),
+                    progress("Scoring pairs", len(pairs)) as advance,
+                ):
+                    score_pairs(base, pairs, varied, directory / "scores.jsonl", advance)
+                with progress(f"Training, round {number}", 1) as bar:
+                    train(
+                        base,
+                        pairs,
+                        read_jsonl(directory / "scores.jsonl"),
+                        varied,
+                        directory / "adapter",
+                        directory / "checkpoints",
+                        bar.set,
+                        start=previous,
+                    )
+        except NothingToLearn as error:
+            console.print(f"  round {number} is not made: {error.what}")
+            break
         kept = sum(score["kept"] for score in read_jsonl(directory / "scores.jsonl"))
         entry = {"round": number, "pairs": kept}
         history.append(_finish_round(base, watched, recipe, directory, entry))

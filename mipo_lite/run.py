@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -88,15 +88,32 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append the rows in one write and flush them to the disk."""
+    """Append the rows in one write and flush them to the disk.
+
+    What an interrupted write has left of a line is cut off first.
+    """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     new = not path.exists()
-    with path.open("ab") as file:
+    with path.open("a+b") as file:
+        file.truncate(_end_of_last_line(file))
         file.write(text.encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
     if new:
         path.chmod(0o600)
+
+
+def _end_of_last_line(file: BinaryIO) -> int:
+    """The position behind the last newline, in bytes from the start."""
+    position = file.seek(0, os.SEEK_END)
+    while position > 0:
+        start = max(0, position - 2**16)
+        file.seek(start)
+        newline = file.read(position - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        position = start
+    return 0
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

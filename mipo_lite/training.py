@@ -34,7 +34,7 @@ from trl import DPOConfig, DPOTrainer
 
 from .base import Base
 from .batching import SharedContextSampler
-from .errors import UserError
+from .errors import NothingToLearn
 from .interrupts import finish_step
 from .label_head import label_positions_only
 from .metrics import bootstrap_mean
@@ -174,13 +174,13 @@ def train(
     TRL takes the mean over forward passes).
 
     Args:
-        pairs, scores: lines of pairs.jsonl and scores.jsonl, joined by their id.
+        pairs, scores: lines of pairs.jsonl and scores.jsonl, in the same order.
         watch: called as watch(step, steps) after every optimizer step.
         start: an adapter of the same rank to go on from; None starts a new one.
 
     Raises:
-        UserError: too few pairs were kept to train on and to watch, or memory does not suffice
-            for one.
+        NothingToLearn: too few pairs were kept to train on and to watch.
+        UserError: memory does not suffice for one pair.
     """
     train_rows, held_out_rows = split_pairs(pairs, scores, recipe)
     micro_batch, accumulation = micro_batches(recipe)
@@ -305,9 +305,9 @@ def split_pairs(
     ]
     held_out = max(1, round(len(kept) * recipe.held_out))
     if len(kept) - held_out < 2:
-        raise UserError(
+        raise NothingToLearn(
             f"Only {len(kept)} of {len(pairs)} pairs show any contrast: too few to learn from.",
-            "Write more about yourself, set more pairs, or lower min_contrast.",
+            "Set more pairs, or lower min_contrast; a longer page or other prompts help as well.",
         )
     every = len(kept) / held_out
     held = {int((i + 0.5) * every) for i in range(held_out)}
@@ -352,7 +352,7 @@ def _arguments(
     every = max(1, steps // recipe.evaluations)
     bf16 = base.model.dtype == torch.bfloat16
     sft = recipe.loss == "sft"
-    return DPOConfig(
+    arguments = DPOConfig(
         output_dir=str(checkpoints),
         seed=recipe.seed,
         loss_type=[recipe.loss],
@@ -387,6 +387,9 @@ def _arguments(
         disable_tqdm=True,
         push_to_hub=False,
     )
+    # The base lies on one GPU; for every one in sight the Trainer would wrap it in DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 @contextmanager

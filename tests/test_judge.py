@@ -88,12 +88,21 @@ def test_judging_goes_on_where_it_stopped(tmp_path) -> None:
             raise ConnectionError
         return prefers_quibbix(body)
 
-    with server(breaks_down) as (url, _), pytest.raises(UserError, match="No server answers"):
-        judge_all(Judge(url, "m"), load_comparisons(run))
-    assert len(read_jsonl(run / "judgements.jsonl")) == 2
-    with server(prefers_quibbix) as (url, received):
+    with server(breaks_down) as (url, received):
+        with pytest.raises(UserError, match="No server answers"):
+            judge_all(Judge(url, "m"), load_comparisons(run))
+        assert len(read_jsonl(run / "judgements.jsonl")) == 2
+        received.clear()
         assert judge_all(Judge(url, "m"), load_comparisons(run)).wins == 6
-    assert len(received) == 8
+        assert len(received) == 8
+
+
+def test_another_server_is_asked_anew(tmp_path) -> None:
+    run = make_run(tmp_path / "run")
+    for _ in range(2):
+        with server(prefers_quibbix) as (url, received):
+            judge_all(Judge(url), load_comparisons(run))
+        assert len(received) == 12
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
 
 from mipo_lite import disk
+from mipo_lite.adapters import check_adapter, load_adapter
 from mipo_lite.base import keep_backward_on_cpu
 from mipo_lite.checkpoint import Checkpoint
 from mipo_lite.errors import UserError
@@ -250,3 +251,14 @@ def test_damaged_weights(base: Path, tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(UserError, match=r"has no weights: model\.safetensors is missing"):
         merge(copy, lora, tmp_path / "merged")
+
+
+def test_a_damaged_adapter_is_said_to_be_damaged(base: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "adapter"
+    adapter(base, broken)
+    (broken / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json is damaged"):
+        load_adapter(broken)
+    (broken / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="is not an adapter"):
+        check_adapter(broken)

@@ -13,7 +13,7 @@ from handmade_pairs import ASKED, PAGE, assert_same, make_pairs, train_on
 from mipo_lite import out_of_memory, sampling, scoring
 from mipo_lite.base import Base
 from mipo_lite.errors import UserError
-from mipo_lite.out_of_memory import found_sizes, halving, is_out_of_memory, remembering
+from mipo_lite.out_of_memory import fitting, found_sizes, halving, is_out_of_memory, remembering
 from mipo_lite.sampling import SampleRequest, sample
 from mipo_lite.scoring import response_logprobs
 from mipo_lite.training import MIPOTrainer
@@ -264,3 +264,12 @@ def test_when_a_single_one_does_not_fit_it_says_what_to_change(
         assert error.value.__cause__ is not None
     assert not hasattr(builtin_base.model, "peft_config")
     assert out_of_memory.found_sizes()["micro_batch"] == 1
+
+
+def test_limits_bound_a_size_and_are_not_remembered() -> None:
+    sizes: dict[str, int] = {}
+    with remembering(sizes, lambda: None, {"scoring_tokens": 512}):
+        assert fitting("scoring_tokens", 8192) == 512
+        assert fitting("scoring_tokens", 256) == 256
+    assert fitting("scoring_tokens", 8192) == 8192
+    assert sizes == {}

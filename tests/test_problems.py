@@ -97,6 +97,13 @@ def test_named_columns(tmp_path: Path) -> None:
     assert (found.problems[0].text, found.problems[0].answer) == ("Yes?", "5")
     with pytest.raises(UsageError, match="no column 'asked'"):
         parse_problems(path, "asked")
+    with pytest.raises(UsageError, match="Name it with --answer-column"):
+        parse_problems(path, None, "asked")
+    headless = tmp_path / "headless.csv"
+    headless.write_text("Where did I leave my keys?,here\nAnd where my purse?,there\n")
+    with pytest.raises(UsageError) as error:
+        parse_problems(headless)
+    assert "keys" not in str(error.value), "what stands there is not the name of a column"
     with pytest.raises(UsageError, match="no question column"):
         parse_problems(write(tmp_path / "other.jsonl", {"frage": "Wie?"}))
 

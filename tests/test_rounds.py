@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mipo_lite import rounds
 from mipo_lite.base import Base
+from mipo_lite.errors import NothingToLearn
 from mipo_lite.filtering import score_pairs
 from mipo_lite.negatives import make_pairs
 from mipo_lite.problems import Problem
@@ -151,6 +152,21 @@ def test_who_writes_and_who_is_the_reference(
     assert {call[4] for call in pairs} == {len(set_aside(problems(30))[0])}
     scored = [call[2] for call in fake.calls if call[0] == "scores"]
     assert scored == (["1", "2"] if reference == "previous" else [None, None])
+
+
+def test_rounds_end_where_nothing_is_left_to_contrast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(monkeypatch, [1.0, 2.0, 3.0])
+
+    def nothing(*arguments: Any) -> None:
+        if arguments[-1].name == "3":
+            raise NothingToLearn("All samples say the same.", "Use others.")
+        fake.make_pairs(*arguments)
+
+    monkeypatch.setattr(rounds, "make_pairs", nothing)
+    assert [entry["round"] for entry in run_fake(tmp_path)] == [1, 2]
+    assert (tmp_path / "adapter" / "number").read_text() == "2"
 
 
 def test_a_finished_round_is_not_made_again(

@@ -75,9 +75,17 @@ def test_jsonl_is_recovered_to_its_last_whole_line(tmp_path: Path) -> None:
     with file.open("ab") as stream:
         stream.write(b'{"id": 2, "te')
     assert [row["id"] for row in read_jsonl(file)] == [0, 1]
-    truncate_jsonl(file, 2)
     append_jsonl(file, [{"id": 2}])
     assert [row["id"] for row in read_jsonl(file)] == [0, 1, 2]
+    truncate_jsonl(file, 1)
+    assert [row["id"] for row in read_jsonl(file)] == [0]
+    with file.open("ab") as stream:
+        stream.write(b"x" * 200_000)
+    append_jsonl(file, [{"id": 1}])
+    assert [row["id"] for row in read_jsonl(file)] == [0, 1]
+    file.write_bytes(b'{"id": 0, "te')
+    append_jsonl(file, [{"id": 3}])
+    assert [row["id"] for row in read_jsonl(file)] == [3]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from trl import DPOConfig
 
 from mipo_lite.base import Base, find_base, load_base
 from mipo_lite.batching import SharedContextSampler
@@ -23,7 +24,7 @@ from mipo_lite.prompts import shipped_prompts
 from mipo_lite.recipe import Recipe
 from mipo_lite.run import read_jsonl
 from mipo_lite.scoring import response_logprobs
-from mipo_lite.training import lora_config, split_pairs, train
+from mipo_lite.training import _arguments, lora_config, split_pairs, train
 from mipo_lite.training_state import newest_checkpoint
 
 USER = Persona("user", "My name is Anouk. I live in Gent. I have a dog called Biscuit.")
@@ -238,3 +239,12 @@ def test_dpo_options_reach_trl(builtin_base: Base, pairs_and_scores, tmp_path: P
     assert result.prefix_sharing == "off: the recipe says so"
     # IPO's first loss is (0 - 1 / (2 beta))^2 = 25 at beta 0.1.
     assert result.history[0]["loss"] == pytest.approx(25.0, abs=0.01)
+
+
+def test_a_second_gpu_is_left_alone(builtin_base: Base, tmp_path: Path, monkeypatch) -> None:
+    def two_gpus(arguments: DPOConfig) -> torch.device:
+        arguments._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(DPOConfig, "_setup_devices", property(two_gpus))
+    assert _arguments(RECIPE, tmp_path, 100, builtin_base, 4).n_gpu == 1

@@ -35,7 +35,7 @@ _FILES = (
     ("train", "adapter", "the LoRA adapter, to load with PEFT"),
     ("export", "merged", "the merged model, a Hugging Face directory"),
     ("export", "gguf", "for llama.cpp, Ollama and others"),
-    ("pairs", "pairs.jsonl", "the preference pairs, with your page in them"),
+    ("pairs", "pairs.jsonl", "the preference pairs, with all that the base was given"),
     ("scores", "scores.jsonl", "log-probs and PMI of each pair"),
     ("evaluate", "evaluation.jsonl", "every answer of the evaluation"),
     ("evaluate", "metrics.json", "every figure of this page"),
@@ -203,7 +203,8 @@ def _baselines(metrics: dict[str, Any]) -> list[tuple[str, list[tuple[str, list[
     wanted = [(row, entry) for row, entry in with_page if row.where[1] == "sampled"]
     table: list[tuple[str, list[tuple[str, list[str]]]]] = []
     for row, entry in wanted:
-        columns = [("page in the prompt", [row.show(entry["before"])])]
+        untrained = "page in the prompt" if "with_context" in metrics else "untrained"
+        columns = [(untrained, [row.show(entry["before"])])]
         for name, block in metrics.get("baselines", {}).items():
             other = block.get(row.where[0], {}).get(row.where[1], {}).get(row.where[2])
             columns.append((name, [row.show(other["after"]) if other else ""]))

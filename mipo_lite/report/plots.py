@@ -89,7 +89,7 @@ def bits_plot(before: Sequence[float], after: Sequence[float], contexts: int) ->
         _histograms(axes, (before, "before"), (after, "after"), low=-2.0)
         axes.axvline(0, color=FAINT, linewidth=1)
         axes.axvline(math.log2(contexts), color=FAINT, linewidth=1, linestyle="--")
-        axes.set_xlabel(f"bits about you, of {math.log2(contexts):g} at most")
+        axes.set_xlabel(f"bits, of {math.log2(contexts):g} at most")
         axes.set_ylabel("answers")
 
     return _svg(draw, "bits")
