@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from .console import console, quiet_libraries
+from .errors import UserError
 from .machine import resident_peak
 
 
@@ -256,8 +257,12 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     if memory_of is not None:
         print(_memory_of(memory_of))
-    else:
+        return
+    try:
         run_bench(**options)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

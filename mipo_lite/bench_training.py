@@ -9,6 +9,7 @@ Token ids are random: speed does not depend on what they say.
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 import time
@@ -20,13 +21,22 @@ from typing import Any
 
 import torch
 
+from .disk import require_disk
 from .errors import UsageError
+from .known_bases import KNOWN
 from .label_head import label_positions_only
 from .prefix_sharing import install
 from .scoring import score_matrix
 
 WAYS = ("trl", "trl_precomputed", "ours")
 PROMPT_TOKENS = 24  # the request after the context; each pair has its own
+
+
+def _config_of(name: str) -> dict[str, Any]:
+    """The sizes of a known base, all of which are a Qwen2 here."""
+    [config] = [known.config for known in KNOWN if known.name == name]
+    return {key: value for key, value in config.items() if key != "model_type"}
+
 
 # Random weights of these shapes. "small" is a Qwen2 of 8 layers and 512 hidden, whose LM head
 # takes as large a share of a token's work (a quarter) as that of Qwen2.5-0.5B.
@@ -38,23 +48,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "vocab_size": 16_384,
+        "tie_word_embeddings": True,
     },
-    "qwen2.5-1.5b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151_936,
-    },
-    "qwen2.5-7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18_944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152_064,
-    },
+    "qwen2.5-1.5b": _config_of("Qwen/Qwen2.5-1.5B-Instruct"),
+    "qwen2.5-7b": _config_of("Qwen/Qwen2.5-7B-Instruct"),
 }
 
 
@@ -117,41 +114,89 @@ def make_batches(
 
 @contextmanager
 def model_directory(settings: Settings) -> Iterator[Path]:
-    """The directory of the base, or one of random weights of the shape, deleted afterwards."""
+    """The directory of the base, or one of random weights of the shape, deleted afterwards.
+
+    Touches no GPU, and holds one layer at a time.
+
+    Raises UsageError for an unknown shape, UserError for a base that can not be had or too little
+    disk.
+    """
     if settings.base is not None:
         from .base import find_base
 
         yield find_base(settings.base).path
         return
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-
     shape = settings.shape or "small"
     if shape not in SHAPES:
         raise UsageError(f"There is no shape {shape!r}.", f"Known: {', '.join(SHAPES)}.")
-    config = Qwen2Config(
-        **SHAPES[shape],
-        tie_word_embeddings=True,
-        max_position_embeddings=32_768,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
     with tempfile.TemporaryDirectory() as directory:
-        torch.manual_seed(0)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(directory)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(WordLevel({"<end>": 0, "<pad>": 1}, unk_token="<pad>")),
-            eos_token="<end>",
-            pad_token="<pad>",
-            chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
-        )
-        tokenizer.save_pretrained(directory)
-        del model
+        _write_model(Path(directory), SHAPES[shape], shape)
+        _write_tokenizer(Path(directory))
         yield Path(directory)
+
+
+def _write_model(directory: Path, sizes: dict[str, Any], name: str) -> None:
+    """A Qwen2 of random weights in bfloat16, a shard for each layer."""
+    from safetensors.torch import save_file
+
+    model = empty_model(sizes)
+    model.config.save_pretrained(directory)
+    require_disk(directory, sum(p.nbytes for p in model.parameters()), name)
+    generator = torch.Generator().manual_seed(0)
+    weight_map: dict[str, str] = {}
+    for number, parameters in enumerate(_by_layer(model)):
+        file = f"model-{number:05d}.safetensors"
+        tensors = {key: _random(key, p, generator) for key, p in parameters.items()}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+
+
+def empty_model(sizes: dict[str, Any]) -> Any:
+    """A Qwen2 in bfloat16 on the meta device: shapes without memory."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    config = Qwen2Config(**{"max_position_embeddings": 32_768, **sizes, **ids})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def _by_layer(model: Any) -> list[dict[str, torch.Tensor]]:
+    """Parameters by name, those of a layer together; tied ones once."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        in_layer = name.startswith("model.layers.")
+        prefix = ".".join(name.split(".")[:3]) if in_layer else name
+        layers.setdefault(prefix, {})[name] = parameter
+    return list(layers.values())
+
+
+def _random(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Weights as transformers initializes them: norms 1, biases 0, matrices normal."""
+    if name.endswith("norm.weight"):
+        return torch.ones(like.shape, dtype=like.dtype)
+    if name.endswith("bias"):
+        return torch.zeros(like.shape, dtype=like.dtype)
+    return torch.empty(like.shape, dtype=like.dtype).normal_(0, 0.02, generator=generator)
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """Token ids are random, so that it only has to be there."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<end>": 0, "<pad>": 1}, unk_token="<pad>")),
+        eos_token="<end>",
+        pad_token="<pad>",
+        chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+    tokenizer.save_pretrained(directory)
 
 
 def load(directory: Path) -> Any:
