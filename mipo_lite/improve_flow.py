@@ -152,6 +152,7 @@ def _defaults(problems: Sequence[Problem]) -> tuple[str, str]:
 
 
 def _check_negatives(recipe: Recipe) -> None:
+    """Raises UsageError for negatives that improve does not have."""
     if recipe.negatives not in NEGATIVES:
         raise UsageError(
             f"negatives={recipe.negatives} is for personalize: a question has no context.",

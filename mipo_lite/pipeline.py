@@ -128,6 +128,7 @@ def prepare(
 
 
 def _check_negatives(recipe: Recipe) -> None:
+    """Raises UsageError for negatives that personalize does not have."""
     if recipe.negatives not in NEGATIVES:
         raise UsageError(
             f"negatives can not be {recipe.negatives!r} for personalize.",

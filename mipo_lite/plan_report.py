@@ -24,7 +24,7 @@ from .recipe import Recipe, load_recipe, load_recipe_for
 if TYPE_CHECKING:
     from .flow import Preview
 
-# The card each recipe is made for, GiB; None for the CPU.
+# The card each recipe for a GPU is made for, GiB.
 RECIPE_CARDS = {"6gb": 6, "8gb": 8, "12gb": 12, "24gb": 24, "careful": 12}
 # The bases of the second table of recipes/README.md.
 SHAPES = (
