@@ -199,7 +199,8 @@ def files_to_download(name: str, revision: str | None = None) -> dict[str, int]:
             "Choose a repository with *.safetensors; other weights are not loaded.",
         )
     files = {file: sizes[file] for file in wanted}
-    require_disk(Path(constants.HF_HUB_CACHE), sum(files.values()), name)
+    instead = "set HF_HOME to a directory on another disk"
+    require_disk(Path(constants.HF_HUB_CACHE), sum(files.values()), name, instead=instead)
     return files
 
 

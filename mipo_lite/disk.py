@@ -8,14 +8,17 @@ from pathlib import Path
 
 from .errors import UserError
 
+ELSEWHERE = "write to another disk: a new run with --run, exports and merges with --out"
 
-def require_disk(path: Path, needed: int, what: str) -> None:
+
+def require_disk(path: Path, needed: int, what: str, *, instead: str = ELSEWHERE) -> None:
     """Raise UserError unless `needed` bytes are free where `path` will be written.
 
     Args:
         path: a file or directory that need not exist yet.
         needed: bytes.
         what: the thing that will be written, for the message.
+        instead: how to write it elsewhere, the end of the message.
     """
     place = path.absolute()
     while not place.exists():
@@ -24,7 +27,7 @@ def require_disk(path: Path, needed: int, what: str) -> None:
     if free < needed:
         raise UserError(
             f"Too little disk for {what}: it needs {needed:,} bytes, {place} has {free:,} free.",
-            f"Free {needed - free:,} bytes there, or write to another disk with --out.",
+            f"Free {needed - free:,} bytes there, or {instead}.",
         )
 
 
