@@ -33,7 +33,9 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-p
 # A run on the built-in base writes some MB; one on a 7 B base a download, a merged model and a
 # 16-bit GGUF of 15 GB each.
 DISK_LEAST, DISK_LARGE = GIB, 50 * GIB
-MEMORY_LEAST = 4 * GIB
+# A base is loaded through main memory, tensor by tensor; comparing an exported file with the model
+# in torch holds the 16-bit model as a whole (`gguf.room`): here, one of 8 B.
+MEMORY_LEAST, MEMORY_LARGE = 4 * GIB, 18 * GIB
 # A product in NF4 against one with the weight unpacked first, relative: rounding in float32 and
 # in bfloat16.
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
@@ -218,16 +220,23 @@ def _without_compiler(torch: Any) -> Iterator[None]:
 def _llama_cpp() -> Check:
     import llama_cpp
 
-    offload = "with" if llama_cpp.llama_supports_gpu_offload() else "without"
-    return Check("llama.cpp", "ok", f"llama-cpp-python {llama_cpp.__version__}, {offload} GPU")
+    where = "on the GPU" if llama_cpp.llama_supports_gpu_offload() else "on the CPU"
+    return Check("llama.cpp", "ok", f"llama-cpp-python {llama_cpp.__version__}, chats {where}")
 
 
 def _memory() -> Check:
     free = available_memory()
+    found = f"{gib(free)} available"
     if free < MEMORY_LEAST:
         mend = "Close other programs; a base is loaded through main memory."
-        return Check("memory", "warning", f"{gib(free)} available", mend)
-    return Check("memory", "ok", f"{gib(free)} available")
+        return Check("memory", "warning", found, mend)
+    if free < MEMORY_LARGE:
+        mend = (
+            "Enough to train and to export; comparing the exported file of an 8 B base with the "
+            f"model in torch takes {gib(MEMORY_LARGE)}, here or on the GPU: else it is left out."
+        )
+        return Check("memory", "warning", found, mend)
+    return Check("memory", "ok", found)
 
 
 def _disk() -> Check:

@@ -122,10 +122,25 @@ def test_disk(monkeypatch, free, state):
     assert doctor._disk().state == state
 
 
-@pytest.mark.parametrize(("free", "state"), [(GIB, "warning"), (9 * GIB, "ok")])
-def test_memory(monkeypatch, free, state):
+@pytest.mark.parametrize(
+    ("free", "state", "words"),
+    [
+        (GIB, "warning", "loaded through main memory"),
+        (12 * GIB, "warning", "comparing the exported file of an 8 B base"),
+        (20 * GIB, "ok", ""),
+    ],
+)
+def test_memory(monkeypatch, free, state, words):
     monkeypatch.setattr(doctor, "available_memory", lambda: free)
-    assert doctor._memory().state == state
+    check = doctor._memory()
+    assert check.state == state
+    assert words in check.mend
+
+
+@pytest.mark.parametrize(("offload", "words"), [(True, "on the GPU"), (False, "on the CPU")])
+def test_where_chats_run(monkeypatch, offload, words):
+    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: offload)
+    assert doctor._llama_cpp().found.endswith(f"chats {words}")
 
 
 def test_model_cache(monkeypatch, tmp_path):
