@@ -1,7 +1,8 @@
 """Talk to a GGUF file in llama.cpp, streaming, with the user's context as system message.
 
 The chat template comes from the file and the messages are built as for training, so what is heard
-here is what was trained. Nothing that is said is stored.
+here is what was trained. Nothing that is said is stored. Neither torch nor transformers is loaded,
+which takes seconds: only the base's GGUF, made when `--plain` first asks for it, needs them.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import codecs
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from .console import console, progress
 from .contexts import Messages, build_messages, has_system_role
 from .errors import UserError
-from .gguf.llama import encode, is_end, open_gguf
+from .gguf.llama import ON_GPU, encode, has_gpu, is_end, open_gguf
 from .gguf.template import ChatTemplate
+from .gguf.window import TALK, USUAL, chat_window
+from .run import Run, read_json
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -45,7 +50,8 @@ class Conversation:
         self._context = context
         self._has_system = context is not None and has_system_role(self._template)
         self._temperature = temperature
-        self._window = min(llama.n_ctx(), int(llama._model.n_ctx_train()))
+        self._positions = int(llama._model.n_ctx_train())
+        self._window = min(llama.n_ctx(), self._positions)
         llama.set_seed(seed)
 
     def answer(self, text: str) -> Iterator[str]:
@@ -79,9 +85,15 @@ class Conversation:
                 raise UserError(
                     f"Context and message are {len(tokens)} tokens, too many for the window of "
                     f"{self._window}.",
-                    "Shorten the message or the context.",
+                    self._more_room(),
                 )
             del self.turns[:2]
+
+    def _more_room(self) -> str:
+        shorter = "Shorten the message or the context"
+        if self._window == self._positions:
+            return f"{shorter}."
+        return f"{shorter}, or give more with --window, up to {self._positions}."
 
     def _sample(self, prompt: list[int]) -> Iterator[str]:
         # A character may be spread over several tokens.
@@ -108,7 +120,7 @@ def chat(
     plain: bool = False,
     temperature: float = 0.7,
     seed: int = 0,
-    window: int = 4096,
+    window: int | None = None,
     out: TextIO | None = None,
 ) -> None:
     """Chat in the terminal until /exit, Ctrl-D or Ctrl-C; Ctrl-C in an answer stops the answer.
@@ -119,20 +131,24 @@ def chat(
         message: answer this one message and return.
         plain: the file is the base, which is said in the greeting.
         temperature: 0 is greedy.
-        window: tokens of context, at most what the model was trained for.
+        window: tokens of context; by default what `chat_window` says. No more is used than the
+            model was trained for.
         out: where to write; standard output by default.
 
     Raises:
         UserError: the file can not be loaded or has no chat template.
     """
     out = out or sys.stdout
-    with open_gguf(gguf_path, n_ctx=window) as llama:
+    with ExitStack() as stack:
+        llama, on_gpu = _open(stack, gguf_path, window or _window(gguf_path, context))
         talk = Conversation(llama, context=context, temperature=temperature, seed=seed)
         if message is not None:
             _say(talk, message, out)
             return
         who = "the base, before training" if plain else Path(gguf_path).name
-        print(f"Chatting with {who}. /exit or Ctrl-D ends, Ctrl-C stops an answer.", file=out)
+        where = " on the GPU" if on_gpu else ""
+        keys = "/exit or Ctrl-D ends, Ctrl-C stops an answer."
+        print(f"Chatting with {who}{where}. {keys}", file=out)
         while True:
             try:
                 text = input("> ").strip()
@@ -151,8 +167,98 @@ def chat(
                 print(f"{error.what} {error.fix}", file=out)
 
 
+def _window(path: Path | str, context: str | None) -> int:
+    # A token is at least a byte: most pages need not be counted.
+    if len((context or "").encode()) + TALK <= USUAL:
+        return USUAL
+    with open_gguf(path, vocab_only=True) as llama:
+        page = len(encode(llama, context or ""))
+        kind = llama.metadata["general.architecture"]
+        return chat_window(page, int(llama.metadata[f"{kind}.context_length"]))
+
+
+def _open(stack: ExitStack, path: Path | str, window: int) -> tuple[Llama, bool]:
+    """The model, on the GPU where it fits; and whether it is there."""
+    if has_gpu():
+        try:
+            return stack.enter_context(open_gguf(path, n_ctx=window, **ON_GPU)), True
+        except UserError:
+            pass  # most likely its memory: the CPU says it again if it is the file
+    return stack.enter_context(open_gguf(path, n_ctx=window)), False
+
+
 def _say(talk: Conversation, text: str, out: TextIO) -> None:
     for piece in talk.answer(text):
         out.write(piece)
         out.flush()
     print(file=out)
+
+
+def chat_model(
+    model: Path,
+    *,
+    message: str | None,
+    plain: bool,
+    temperature: float,
+    seed: int,
+    window: int | None = None,
+) -> None:
+    """Talk to a run's GGUF (with the user's page as system message) or to any GGUF file.
+
+    Raises UserError when there is no GGUF to talk to.
+    """
+    page = None
+    file = model
+    if model.is_dir():
+        run = Run(model)
+        page = user_page(run)
+        file = _plain_gguf(run) if plain else _best_gguf(run)
+        if not plain and run.meta["stages"].get("export", {}).get("state") == "stale":
+            console.print(
+                "[yellow]This file is older than the adapter; the command that started the run "
+                "renews it.[/]"
+            )
+    chat(
+        file,
+        context=page,
+        message=message,
+        plain=plain,
+        temperature=temperature,
+        seed=seed,
+        window=window,
+    )
+
+
+def user_page(run: Run) -> str | None:
+    """The user's page; None for a run of improve."""
+    file = run / "context.json"
+    return str(read_json(file)["text"]) if file.is_file() else None
+
+
+def gguf_files(run: Run) -> list[Path]:
+    """The models of a run as GGUF, without the adapter alone."""
+    files = sorted((run / "gguf").glob(f"{run.name}-*.gguf"))
+    return [file for file in files if not file.stem.endswith("-lora")]
+
+
+def _best_gguf(run: Run) -> Path:
+    files = gguf_files(run)
+    if not files:
+        raise UserError(
+            f"{run.path} holds no GGUF file yet.",
+            "Finish the run: the command that started it goes on where it stopped.",
+        )
+    return files[0]
+
+
+def _plain_gguf(run: Run) -> Path:
+    """The base without the adapter as GGUF, made when first asked for."""
+    directory = run / "gguf" / "base"
+    file = directory / "base-Q4_K_M.gguf"
+    if not file.is_file():
+        from .bases import recorded_source
+        from .gguf import export_model
+
+        base = recorded_source(run.meta["base"]).path
+        export_model(base, directory, "base", modelfile=False, progress=progress)
+    return file

@@ -215,11 +215,19 @@ def chat(
         float, typer.Option(min=0.0, max=5.0, help="0 takes the likeliest token always.")
     ] = 0.7,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same answers.")] = 0,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window", min=64, metavar="TOKENS", help="Context; by default what your page needs."
+        ),
+    ] = None,
 ) -> None:
     """Talk to the result through llama.cpp, with your page as its system message."""
-    from .delivery import chat_model
+    from .chat import chat_model
 
-    chat_model(model, message=message, plain=plain, temperature=temperature, seed=seed)
+    chat_model(
+        model, message=message, plain=plain, temperature=temperature, seed=seed, window=window
+    )
 
 
 @app.command()
@@ -274,7 +282,7 @@ def export(
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to.")] = None,
 ) -> None:
-    """Write GGUF files, checked in llama.cpp before you get them."""
+    """Write GGUF files, each loaded by llama.cpp before it gets its name."""
     from .delivery import export_files
 
     with stoppable():

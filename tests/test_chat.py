@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 from finished_run import make_run
 from gguf_tiny import CHATML, qwen2
 from transformers import AutoTokenizer
 
-from mipo_lite.chat import Conversation, chat
+from mipo_lite import chat as chatting
+from mipo_lite.chat import Conversation, chat, chat_model
 from mipo_lite.contexts import build_messages, encode_prompt
-from mipo_lite.delivery import chat_model
 from mipo_lite.errors import UserError
 from mipo_lite.gguf.export import export
 from mipo_lite.gguf.llama import is_end, open_gguf
+from mipo_lite.gguf.window import chat_window
 
 CONTEXT = "I am Ada. I live in Oslo."
 
@@ -143,9 +149,72 @@ def test_oldest_turns_are_forgotten_the_context_never(file: Path) -> None:
 def test_a_message_that_does_not_fit(file: Path) -> None:
     with open_gguf(file, n_ctx=256) as llama:
         talk = Conversation(llama)
-        with pytest.raises(UserError, match="too many for the window of 256"):
+        with pytest.raises(UserError, match="too many for the window of 256") as error:
             next(talk.answer("word " * 300))
+        assert error.value.fix.endswith("or give more with --window, up to 512.")
         assert next(talk.answer("short"))
+    with open_gguf(file, n_ctx=512) as llama, pytest.raises(UserError) as error:
+        next(Conversation(llama).answer("word " * 600))
+    assert error.value.fix == "Shorten the message or the context."
+
+
+def test_window_holds_the_page(tmp_path: Path) -> None:
+    """A page of any length that the base can be trained on leaves room to talk."""
+    path = qwen2(tmp_path / "model", max_position_embeddings=16384)
+    export(path, tmp_path / "model.gguf")
+    page = "I keep bees. " * 900
+    tokens = len(AutoTokenizer.from_pretrained(path).encode(page))
+    assert tokens > 4096
+    assert chatting._window(tmp_path / "model.gguf", page) == tokens + 2048
+    assert chatting._window(tmp_path / "model.gguf", CONTEXT) == 4096
+    out = io.StringIO()
+    chat(tmp_path / "model.gguf", context=page, message="Hi", temperature=0, out=out)
+    assert out.getvalue()
+    with pytest.raises(UserError, match="too many for the window of 512"):
+        chat(tmp_path / "model.gguf", context=page, message="Hi", window=512, out=out)
+    assert chat_window(20000, 16384) == 16384
+
+
+def test_all_layers_on_a_gpu_that_has_room(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    state = {"full": False}
+
+    class Loaded(llama_cpp.Llama):
+        _stack = ExitStack()
+
+        def __init__(self, *args: Any, n_gpu_layers: int, **options: Any) -> None:
+            asked.append(n_gpu_layers)
+            if n_gpu_layers and state["full"]:
+                raise ValueError("no memory")
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(llama_cpp, "Llama", Loaded)
+    monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
+    for gpu, full, layers in ((False, False, [0]), (True, False, [-1]), (True, True, [-1, 0])):
+        state["full"] = full
+        monkeypatch.setattr(llama_cpp, "llama_supports_gpu_offload", lambda gpu=gpu: gpu)
+        out = io.StringIO()
+        chat(file, out=out)
+        assert asked == layers
+        assert (" on the GPU." in out.getvalue()) == (layers == [-1])
+        asked.clear()
+    with open_gguf(file):  # everything but a chat
+        assert asked == [0]
+
+
+def test_a_chat_loads_neither_torch_nor_transformers(file: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "gguf").mkdir(exist_ok=True)
+    shutil.copy(file, run / "gguf" / f"{run.name}-F16.gguf")
+    code = (
+        "import sys; from mipo_lite.cli import app; "
+        f"app(['chat', {str(run.path)!r}, '-m', 'Hi'], standalone_mode=False); "
+        "sys.exit(bool({'torch', 'transformers', 'peft'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_window_is_not_larger_than_trained(file: Path) -> None:

@@ -33,6 +33,9 @@ Listener = Callable[[int, str], None]
 WARN, ERROR, CONTINUED = 2, 3, 5  # ggml_log_level
 NORMALIZER_KEY = "tokenizer.mipo_lite.normalizer"  # ours; others ignore keys they do not know
 
+_ON_CPU = {"n_gpu_layers": 0, "offload_kqv": False, "op_offload": False}
+ON_GPU = {"n_gpu_layers": -1, "offload_kqv": True, "op_offload": True}  # all layers
+
 _recent: deque[str] = deque(maxlen=20)
 _listener: Listener | None = None
 _level = 0
@@ -64,6 +67,11 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener = None
 
 
+def has_gpu() -> bool:
+    """Whether llama.cpp was built for a GPU and finds one."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
+
+
 def last_words() -> str:
     """The most recent errors and warnings, in one line."""
     return " ".join(" ".join(_recent).split())[-300:] or "no reason given"
@@ -73,12 +81,15 @@ def last_words() -> str:
 def open_gguf(path: Path | str, **options: Any) -> Iterator[llama_cpp.Llama]:
     """`llama_cpp.Llama` without its chatter, closed at the end.
 
+    On the CPU, where figures do not depend on the machine's GPU, unless `options` say otherwise:
+    see `ON_GPU`.
+
     Raises UserError when llama.cpp can not load the file.
     """
     if not Path(path).is_file():
         raise UserError(f"There is no file {path}.", "Export it first: mipo-lite export RUN.")
     _recent.clear()
-    options = {"n_threads": threads(), "n_threads_batch": threads()} | options
+    options = _ON_CPU | {"n_threads": threads(), "n_threads_batch": threads()} | options
     try:
         llama = llama_cpp.Llama(str(path), verbose=False, **options)
     except (ValueError, RuntimeError, OSError) as error:
@@ -89,6 +100,40 @@ def open_gguf(path: Path | str, **options: Any) -> Iterator[llama_cpp.Llama]:
         yield llama
     finally:
         llama.close()
+
+
+def read_back(path: Path, *, lora: Path | None = None) -> tuple[str, int]:
+    """Architecture and number of parameters of a file, as llama.cpp loads it.
+
+    All is done but to read the weights: each tensor has to be there, in its shape, and lie inside
+    the file. It takes no memory, however large the file is.
+
+    Args:
+        lora: a LoRA GGUF that has to fit the file.
+
+    Raises:
+        UserError: llama.cpp can not load the file, or not put the adapter on it.
+    """
+    _recent.clear()
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise UserError(
+            f"llama.cpp can not load {path.name}: {last_words()}", "Export the file again."
+        )
+    try:
+        if lora and not llama_cpp.llama_adapter_lora_init(model, str(lora).encode()):
+            raise UserError(
+                f"llama.cpp can not put {lora.name} on {path.name}: {last_words()}",
+                "Export both again, from the same base.",
+            )
+        name = ctypes.create_string_buffer(64)
+        llama_cpp.llama_model_meta_val_str(model, b"general.architecture", name, len(name))
+        return name.value.decode(), int(llama_cpp.llama_model_n_params(model))
+    finally:
+        llama_cpp.llama_model_free(model)  # and the adapter with it
 
 
 def encode(llama: llama_cpp.Llama, text: str) -> list[int]:

@@ -118,7 +118,7 @@ def write_modelfile(
     vocabulary: Vocabulary,
     *,
     context: str | None = None,
-    window: int = 4096,
+    window: int,
 ) -> None:
     """Write the Modelfile, mode 0600.
 
