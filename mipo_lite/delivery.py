@@ -13,6 +13,7 @@ from typing import Any
 
 from .base import Base, load_base, load_tokenizer
 from .bases import BaseSource, check_weights, recorded_source
+from .chat import gguf_files, user_page
 from .console import console, progress
 from .contexts import Messages, build_messages, has_system_role
 from .errors import UsageError, UserError
@@ -26,8 +27,10 @@ from .gguf import (
     merge_fidelity,
     start_lines,
 )
-from .gguf.export import OUTTYPES
-from .gguf.verify import check_rows
+from .gguf.kinds import PLAIN, require_imatrix
+from .gguf.quantize import Imatrix
+from .gguf.room import NoRoom, find_device, require_room
+from .gguf.verify import Row, check_rows
 from .merging import Onto, merge
 from .recipe import Recipe
 from .run import Run, read_json, read_jsonl, write_json
@@ -50,67 +53,97 @@ def export_run(
 ) -> list[Path]:
     """Write the GGUF files of a run, compare each with the model in torch, and say so.
 
-    What was found goes into metrics.json under "export".
+    What was found goes into metrics.json under "export"; where memory is too small for the model in
+    torch, that comparison is left out and what is left goes under "export_skipped".
 
     Args:
         base: directory of the base's original weights.
         imatrix: weigh the quantization by activations on held-out prompts with the user's page.
         lora: write the adapter alone, too.
+
+    Raises:
+        UserError: as `gguf.export_model`; too little memory for `imatrix`; a run that has not been
+            evaluated.
     """
-    adapter = run / "adapter"
+    adapter, kinds = run / "adapter", list(dict.fromkeys(kind.upper() for kind in quants))
+    require_imatrix(kinds, given=imatrix)
     tokenizer, chats, responses = _held_out(run, base)
     rows = check_rows(tokenizer, chats, responses)
-    matrix = None
-    if imatrix:
-        model = load_model(base, adapter)
-        matrix = importance_matrix(model, [[*p, *r] for p, r in rows], progress=progress)
-        del model
+    matrix = _importance(base, adapter, onto, rows) if imatrix else None
     files = export_model(
         base,
         out,
         run.name,
-        quants=quants,
+        quants=kinds,
         adapter_dir=adapter,
         onto=onto,
-        context=_page(run),
+        context=user_page(run),
         imatrix=matrix,
         progress=progress,
     )
     if lora:
-        export_lora(base, adapter, out / f"{run.name}-lora.gguf")
+        export_lora(base, adapter, out / f"{run.name}-lora.gguf", over=files[0])
     with console.status("Comparing the files with the model in torch"):
         checks = check_exports(files, base, chats, responses, adapter_dir=adapter, onto=onto)
-        if matrix is not None:
-            for check, kind in zip(checks, quants, strict=True):
-                if kind.lower() not in OUTTYPES:
-                    check["imatrix"] = imatrix_effect(
-                        base, kind.upper(), matrix, rows, adapter_dir=adapter, onto=onto
-                    )
+        for check, kind in zip(checks, kinds, strict=True):
+            if matrix is not None and kind not in PLAIN:
+                check["imatrix"] = imatrix_effect(
+                    base, kind, matrix, rows, adapter_dir=adapter, onto=onto, work_dir=out
+                )
     for check in checks:
-        console.print(
-            f"  {check['file']}: same next token as in torch at {check['greedy_agreement']:.1%} of "
-            f"{check['positions']} positions, mean KL {check['mean_kl']:.2g} nats, "
-            f"{check['ended']} of {check['answers']} answers end by themselves"
-            + ("" if check["template_equal"] else "; the chat template is rendered DIFFERENTLY"),
-            soft_wrap=True,
-        )
-        if "imatrix" in check:
-            kl = {key: f"{value:.2g}" for key, value in check["imatrix"].items() if value}
-            console.print(f"  its KL to F16, nats, without and with the importance matrix: {kl}")
+        _show(check)
     if (run / "metrics.json").is_file():
         metrics = read_json(run / "metrics.json")
-        write_json(run / "metrics.json", metrics | {"export": checks})
+        write_json(run / "metrics.json", metrics | _sorted_checks(checks))
     return files
+
+
+def _importance(base: Path, adapter: Path, onto: Onto, rows: Sequence[Row]) -> Imatrix:
+    device = find_device(base, "The importance matrix")
+    model = load_model(base, adapter, onto=onto, device=device)
+    return importance_matrix(model, [[*p, *r] for p, r in rows], progress=progress)
+
+
+def _show(check: dict[str, Any]) -> None:
+    """A line of what was found about a file, and one for each warning."""
+    ended = f"{check['ended']} of {check['answers']} answers end by themselves"
+    if "skipped" in check:
+        found = f"{ended}. {check['skipped']}"
+    else:
+        found = (
+            f"same next token as in torch at {check['greedy_agreement']:.1%} of "
+            f"{check['positions']} positions, mean KL {check['mean_kl']:.2g} nats, {ended}"
+        )
+    console.print(f"  {check['file']}: {found}", soft_wrap=True)
+    if "imatrix" in check:
+        kl = {key: f"{value:.2g}" for key, value in check["imatrix"].items() if value}
+        console.print(f"  its KL to F16, nats, without and with the importance matrix: {kl}")
+    for warning in check["warnings"]:
+        console.print(f"  [yellow]{check['file']}: {warning}[/]", soft_wrap=True)
+
+
+def _sorted_checks(checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Entries of metrics.json: files compared with torch, and files that no memory was left for."""
+    return {
+        "export": [check for check in checks if "skipped" not in check],
+        "export_skipped": [check for check in checks if "skipped" in check],
+    }
 
 
 def compare_merges(run: Run, base: Base) -> dict[str, Any]:
     """Which merge reproduces the trained policy better on held-out answers, by KL.
 
     Both merges are made in a temporary directory of the run. The result goes into metrics.json
-    under "merge": "full" and "dequantized", each as `gguf.verify.agreement`.
+    under "merge": "full" and "dequantized", each as `gguf.verify.agreement`. Left out (returns {})
+    where no memory holds a merged model beside the base.
     """
     from peft import PeftModel
 
+    try:
+        require_room(base.source.path, base.model.device.type, "Comparing the merges")
+    except NoRoom as error:
+        console.print(f"  {error.what}", soft_wrap=True)
+        return {}
     adapter = run / "adapter"
     tokenizer, chats, responses = _held_out(run, base.source.path)
     rows = check_rows(tokenizer, chats, responses)
@@ -139,7 +172,7 @@ def compare_merges(run: Run, base: Base) -> dict[str, Any]:
 def _held_out(run: Run, base: Path) -> tuple[Any, list[Messages], list[list[int]]]:
     """The base's tokenizer, and chats of held-out prompts with the trained model's answers."""
     tokenizer = load_tokenizer(BaseSource(str(base), base))
-    system_role, page = has_system_role(tokenizer), _page(run)
+    system_role, page = has_system_role(tokenizer), user_page(run)
     answers = [
         row
         for row in read_jsonl(run / "evaluation.jsonl")
@@ -152,12 +185,6 @@ def _held_out(run: Run, base: Path) -> tuple[Any, list[Messages], list[list[int]
         )
     chats = [build_messages(row["prompt"], page, system_role) for row in answers]
     return tokenizer, chats, [row["token_ids"] for row in answers]
-
-
-def _page(run: Run) -> str | None:
-    """The user's page; None for a run of improve."""
-    file = run / "context.json"
-    return str(read_json(file)["text"]) if file.is_file() else None
 
 
 def export_files(
@@ -182,7 +209,10 @@ def export_files(
             where = out or run / "gguf"
             base = recorded_source(run.meta["base"]).path
             if lora:
-                files = [export_lora(base, run / "adapter", where / f"{run.name}-lora.gguf")]
+                over = next(iter(gguf_files(run)), None)
+                files = [
+                    export_lora(base, run / "adapter", where / f"{run.name}-lora.gguf", over=over)
+                ]
             else:
                 files = export_run(
                     run, base, where, kinds, onto=checked, imatrix=imatrix, lora=False
@@ -235,53 +265,6 @@ def _onto(given: str) -> Onto:
     if given == "dequantized":
         return "dequantized"
     raise UsageError(f"--onto can not be {given!r}.", "Choose full or dequantized.")
-
-
-def chat_model(
-    model: Path, *, message: str | None, plain: bool, temperature: float, seed: int
-) -> None:
-    """Talk to a run's GGUF (with the user's page as system message) or to any GGUF file.
-
-    Raises UserError when there is no GGUF to talk to.
-    """
-    from .chat import chat
-
-    page = None
-    file = model
-    if model.is_dir():
-        run = Run(model)
-        page = _page(run)
-        file = _plain_gguf(run) if plain else _best_gguf(run)
-        if not plain and run.meta["stages"].get("export", {}).get("state") == "stale":
-            console.print(
-                "[yellow]This file is older than the adapter; the command that started the run "
-                "renews it.[/]"
-            )
-    chat(file, context=page, message=message, plain=plain, temperature=temperature, seed=seed)
-
-
-def _best_gguf(run: Run) -> Path:
-    files = [
-        file
-        for file in sorted((run / "gguf").glob(f"{run.name}-*.gguf"))
-        if not file.stem.endswith("-lora")
-    ]
-    if not files:
-        raise UserError(
-            f"{run.path} holds no GGUF file yet.",
-            "Finish the run: the command that started it goes on where it stopped.",
-        )
-    return files[0]
-
-
-def _plain_gguf(run: Run) -> Path:
-    """The base without the adapter as GGUF, made when first asked for."""
-    directory = run / "gguf" / "base"
-    file = directory / "base-Q4_K_M.gguf"
-    if not file.is_file():
-        base = recorded_source(run.meta["base"]).path
-        export_model(base, directory, "base", modelfile=False, progress=progress)
-    return file
 
 
 def compare_run(

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import UsageError
+from .gguf.kinds import KINDS, PLAIN, needs_imatrix
 
 # Installed, the recipes lie inside the package; in a checkout, beside it.
 _PACKAGE = Path(__file__).parent
@@ -23,13 +24,6 @@ _SHIPPED = next(
     (path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir()),
     _PACKAGE / "recipes",
 )
-
-Quant = Literal[
-    "f32", "f16", "bf16", "q8_0",
-    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k",
-    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m",
-    "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs",
-]  # fmt: skip
 
 Loss = Literal[
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair",
@@ -111,7 +105,25 @@ class Recipe(BaseModel):
     compare_merges: bool = Field(
         False, description="say which merge is closer to what was trained: 16-bit or 4-bit weights"
     )
-    quants: list[Quant] = Field(["q4_k_m"], description="GGUF files to write")
+    quants: list[str] = Field(["q4_k_m"], min_length=1, description="GGUF files to write")
+
+    @field_validator("quants")
+    @classmethod
+    def _check_quants(cls, quants: list[str]) -> list[str]:
+        for kind in quants:
+            if kind.upper() not in (*PLAIN, *KINDS):
+                known = (k.lower() for k in (*PLAIN, *KINDS) if not needs_imatrix(k))
+                raise UsageError(
+                    f"quants can not be {quants!r}: there is no type {kind}.",
+                    f"Known: {', '.join(known)}.",
+                )
+            if needs_imatrix(kind):
+                raise UsageError(
+                    f"quants can not be {quants!r}: {kind} needs an importance matrix, which the "
+                    "export of a finished run makes.",
+                    f"Leave it out, and afterwards: mipo-lite export RUN --imatrix --quant {kind}",
+                )
+        return [kind.lower() for kind in quants]
 
     @property
     def departures(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,17 +19,18 @@ import pytest
 import torch
 from gguf_tiny import CHATML, SHAPE, adapter, byte_level_tokenizer, qwen2, random_model, save
 from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
 )
 
-from mipo_lite import disk
+from mipo_lite import disk, machine
 from mipo_lite.contexts import encode_prompt
 from mipo_lite.errors import UsageError, UserError
 from mipo_lite.gguf import (
@@ -39,15 +41,19 @@ from mipo_lite.gguf import (
     importance_matrix,
     load_model,
     merge_fidelity,
+    room,
     start_lines,
+    verify,
 )
 from mipo_lite.gguf import quantize as quantizing
-from mipo_lite.gguf.export import export
-from mipo_lite.gguf.llama import Reader, open_gguf
+from mipo_lite.gguf.export import OUTTYPES, export, require_exportable
+from mipo_lite.gguf.kinds import KINDS, PLAIN
+from mipo_lite.gguf.llama import Reader, open_gguf, read_back
 from mipo_lite.gguf.modelfile import take_apart
-from mipo_lite.gguf.quantize import KINDS, quantize
+from mipo_lite.gguf.quantize import quantize
 from mipo_lite.gguf.verify import agreement, gguf_distributions, torch_distributions
 from mipo_lite.merging import merge
+from mipo_lite.recipe import load_recipe
 
 CHATS = [
     [{"role": "system", "content": "I am Ada. I live in Oslo."}, {"role": "user", "content": text}]
@@ -116,7 +122,7 @@ def test_every_kind_is_written_and_loads(
     (values,) = gguf_distributions(out, ROWS[:1])
     assert np.isfinite(values).all()
     field = gguf.GGUFReader(out).fields["general.file_type"]
-    assert field.contents() == KINDS[kind].ftype
+    assert field.contents() == getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if not KINDS[kind].needs_imatrix:
         quantize(f16, tmp_path / "plain.gguf", kind)
 
@@ -132,7 +138,9 @@ def test_more_bits_are_closer(f16: Path, tmp_path: Path) -> None:
     assert kl[0] < 1e-2 < kl[-1]
 
 
-def test_importance_matrix_helps_where_some_columns_matter(tmp_path: Path) -> None:
+def test_importance_matrix_helps_where_some_columns_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model in which a few columns carry almost all of the activation."""
     config = Qwen2Config(**SHAPE)
     weights = random_model(config)
@@ -142,11 +150,16 @@ def test_importance_matrix_helps_where_some_columns_matter(tmp_path: Path) -> No
     weights.save_pretrained(tmp_path / "model")
     byte_level_tokenizer().save_pretrained(tmp_path / "model")
     matrix = importance_matrix(weights, [prompt + response for prompt, response in ROWS])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # no private weights there
+    left = tmp_path / ".imatrix.partial" / "f16.gguf"  # by a process that was killed
+    left.parent.mkdir()
+    left.write_bytes(b"old")
     effect = imatrix_effect(tmp_path / "model", "Q3_K_M", matrix, ROWS, work_dir=tmp_path)
     assert effect["without"] is not None
     assert effect["with"] < 0.8 * effect["without"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert imatrix_effect(tmp_path / "model", "IQ2_XS", matrix, ROWS)["without"] is None
+    coarse = imatrix_effect(tmp_path / "model", "IQ2_XS", matrix, ROWS, work_dir=tmp_path)
+    assert coarse["without"] is None
 
 
 def test_fallbacks_are_named(tmp_path: Path, capsys: Any) -> None:
@@ -240,6 +253,76 @@ def test_files_of_an_export(model: Path, tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[1:]] == ["llama-server", "llama-cli"]
 
 
+def test_one_table_of_kinds() -> None:
+    assert tuple(PLAIN) == tuple(name.upper() for name in OUTTYPES)
+    for kind in KINDS:
+        if KINDS[kind].needs_imatrix:
+            with pytest.raises(UsageError, match="needs an importance matrix") as error:
+                load_recipe(None, [f"quants=[{kind.lower()}]"])
+            assert f"mipo-lite export RUN --imatrix --quant {kind.lower()}" in error.value.fix
+        else:
+            assert load_recipe(None, [f"quants=[{kind}]"]).quants == [kind.lower()]
+
+
+def test_a_coarse_kind_before_any_work(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="IQ2_XS is too coarse"):
+        export_model(model, tmp_path / "gguf", "me", quants=["f16", "iq2_xs"])
+    assert not (tmp_path / "gguf").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a tensor less", "another model"])
+def test_a_quantized_file_is_loaded_before_it_gets_its_name(
+    damage: str, f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.gguf"
+    export(qwen2(tmp_path / "other", num_hidden_layers=1), other)
+
+    def broken(source: bytes, target: bytes, params: Any) -> int:
+        data = f16.read_bytes()
+        if damage == "cut off":
+            data = data[:-4096]
+        elif damage == "a tensor less":
+            data = data.replace(b"blk.1.attn_k.weight", b"blk.9.attn_k.weight")
+        else:
+            data = other.read_bytes()
+        Path(target.decode()).write_bytes(data)
+        return 0
+
+    monkeypatch.setattr(quantizing, "_in_thread", broken)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"llama\.cpp (can not load|finds) "):
+        quantize(f16, tmp_path / "out" / "q.gguf", "Q8_0")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_loading_a_file_back_takes_no_memory(tmp_path: Path) -> None:
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+    path = qwen2(tmp_path / "model", torch.bfloat16, **shape)
+    export(path, tmp_path / "large.gguf")
+    size = (tmp_path / "large.gguf").stat().st_size
+    assert size > 120e6
+    with peak_above_start() as peak:
+        assert read_back(tmp_path / "large.gguf")[0] == "qwen2"
+    assert peak[0] < size / 5
+
+
+def test_what_can_not_be_exported_is_said_before_training(model: Path, tmp_path: Path) -> None:
+    require_exportable(model)
+    GPTNeoXConfig(num_hidden_layers=1).save_pretrained(tmp_path / "neox")
+    with pytest.raises(UserError, match="type gpt_neox can not be exported to GGUF yet"):
+        require_exportable(tmp_path / "neox")
+    mute = save(tmp_path / "mute", Qwen2Config(**SHAPE))
+    (mute / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer that transformers can load"):
+        require_exportable(mute)
+    biased = save(tmp_path / "bias", Qwen2Config(**SHAPE))
+    tensors = load_file(biased / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.bias"] = torch.zeros(256)
+    save_file(tensors, biased / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has no bias at model\.layers\.0\.mlp\.up_proj\.bias"):
+        require_exportable(biased)
+
+
 def test_unknown_kind_before_any_work(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         export_model(model, tmp_path / "gguf", "me", quants=["q4_k_m", "q9"])
@@ -324,7 +407,7 @@ def test_lora_file_is_the_merged_model(family: str, settings: dict, tmp_path: Pa
     lora = adapter(base, tmp_path / "lora", **settings)
     export(base, tmp_path / "base.gguf")
     export(base, tmp_path / "merged.gguf", adapter_dir=lora)
-    export_lora(base, lora, tmp_path / "me-lora.gguf")
+    export_lora(base, lora, tmp_path / "me-lora.gguf", over=tmp_path / "merged.gguf")
     merged = list(gguf_distributions(tmp_path / "merged.gguf", ROWS, exact=True))
     found = agreement(
         merged,
@@ -341,6 +424,24 @@ def test_lora_file_is_the_merged_model(family: str, settings: dict, tmp_path: Pa
     )
     torch_side = agreement(torch_distributions(policy, ROWS), iter(merged))
     assert torch_side["greedy_agreement"] >= 0.99
+
+
+def test_a_lora_file_is_read_back_before_it_gets_its_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, out = adapter(model, tmp_path / "lora"), tmp_path / "me-lora.gguf"
+    export(qwen2(tmp_path / "wide", intermediate_size=512), tmp_path / "wide.gguf")
+    with pytest.raises(UserError, match=r"can not put .* on wide\.gguf"):
+        export_lora(model, lora, out, over=tmp_path / "wide.gguf")
+    write = gguf.GGUFWriter.add_tensor
+    monkeypatch.setattr(
+        gguf.GGUFWriter,
+        "add_tensor",
+        lambda self, name, *a, **k: None if "attn_k" in name else write(self, name, *a, **k),
+    )
+    with pytest.raises(UserError, match="does not hold the adapter"):
+        export_lora(model, lora, out)
+    assert not [path for path in tmp_path.iterdir() if "me-lora" in path.name]
 
 
 def test_what_a_lora_file_can_not_say(tmp_path: Path) -> None:
@@ -371,9 +472,46 @@ def test_self_check(model: Path, f16: Path, tmp_path: Path) -> None:
     assert fine["greedy_agreement"] >= 0.99
     assert fine["mean_kl"] < 1e-3
     assert fine["template_equal"]
+    assert fine["warnings"] == []
     assert fine["answers"] == 3
     assert coarse["mean_kl"] > 10 * fine["mean_kl"]
     assert coarse["bytes"] < fine["bytes"]
+
+
+@pytest.mark.parametrize(("gpu", "device"), [(0, None), (10**12, "cuda")])
+def test_too_little_memory_for_the_model_in_torch(
+    gpu: int, device: str | None, model: Path, f16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is checked in llama.cpp alone, or the model goes to the GPU; nothing fails."""
+    loaded: list[str] = []
+
+    def load(*args: Any, device: str, **options: Any) -> Any:
+        loaded.append(device)
+        return load_model(model)
+
+    monkeypatch.setattr(verify, "load_model", load)
+    monkeypatch.setattr(room, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(room, "find_gpu", lambda: machine.Gpu("A card", gpu, gpu) if gpu else None)
+    (check,) = check_exports([f16], model, CHATS, [tokens(9, seed) for seed in range(3)])
+    assert check["template_equal"]
+    assert check["answers"] == 3
+    if device:
+        assert loaded == [device]
+        assert "skipped" not in check
+        return
+    assert not loaded
+    assert check["skipped"] == (
+        "Comparing it with the model in torch needs 1.0 GiB of memory for the whole model, 0.0 GiB "
+        "are available."
+    )
+    assert "greedy_agreement" not in check
+    with pytest.raises(room.NoRoom):
+        room.require_room(model, "cpu", "It")
+
+
+def test_memory_needed_is_that_of_the_stored_weights(model: Path) -> None:
+    size = (model / "model.safetensors").stat().st_size
+    assert 1.05 * size < room.memory_needed(model) - room.KEPT < 1.15 * size
 
 
 def test_self_check_sees_another_template(model: Path, tmp_path: Path) -> None:
@@ -382,6 +520,7 @@ def test_self_check_sees_another_template(model: Path, tmp_path: Path) -> None:
     export(other, tmp_path / "other.gguf")
     (found,) = check_exports([tmp_path / "other.gguf"], model, CHATS[:1], [tokens(9, 1)])
     assert not found["template_equal"]
+    assert found["warnings"] == [verify.OTHER_TEMPLATE]
 
 
 def test_self_check_counts_answers_that_end(tmp_path: Path) -> None:

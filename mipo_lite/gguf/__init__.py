@@ -2,8 +2,9 @@
 
 `export_model` writes the files a user gets, `export_lora` the adapter alone. The steps are in
 modules of their own: `export.export` writes one file, `quantize.quantize` makes a smaller one of
-it, `imatrix` measures what matters, `verify` compares with torch. Every file is read back by
-llama.cpp before it gets its name.
+it, `imatrix` measures what matters, `verify` compares with torch. llama.cpp loads every file before
+it gets its name; a LoRA file, which only loads onto a model, where one is at hand, else it is read
+back with the `gguf` package.
 
 Names are resolved when they are used: a chat needs llama.cpp but not torch.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .deliver import export_model, imatrix_effect
+    from .export import require_exportable
     from .imatrix import importance_matrix
     from .lora import export_lora
     from .modelfile import start_lines
@@ -27,6 +29,7 @@ __all__ = [
     "importance_matrix",
     "load_model",
     "merge_fidelity",
+    "require_exportable",
     "start_lines",
 ]
 
@@ -39,6 +42,7 @@ _MODULES = {
     "importance_matrix": "imatrix",
     "load_model": "verify",
     "merge_fidelity": "verify",
+    "require_exportable": "export",
     "start_lines": "modelfile",
 }
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ..checkpoint import Checkpoint
 from ..console import console
 from ..disk import require_disk
 from ..errors import UsageError
 from ..merging import Onto, Progress
+from ..run import partial_path
 from .architectures import architecture, context_length
-from .export import OUTTYPES, export, load_config
+from .export import export, load_config
+from .kinds import KINDS, PLAIN, needs_imatrix, require_imatrix
 from .modelfile import write_modelfile
-from .quantize import KINDS, Imatrix, estimate, find_kind, quantize
+from .quantize import Imatrix, estimate, quantize
 from .verify import Row, agreement, cap_rows, gguf_distributions
 from .vocabulary import load_tokenizer, read_vocabulary
-
-WINDOW = 4096  # num_ctx of the Modelfile, tokens
+from .window import chat_window
 
 
 def export_model(
@@ -41,7 +43,7 @@ def export_model(
 
     Args:
         model_dir: a Hugging Face directory.
-        quants: F32, F16, BF16 or a key of `quantize.KINDS`, in any case.
+        quants: F32, F16, BF16 or a key of `kinds.KINDS`, in any case.
         adapter_dir: a LoRA adapter to merge on the way; None when `model_dir` is merged already.
         onto: as in `merging.merge`.
         context: the user's page; goes into the Modelfile as system message.
@@ -59,9 +61,7 @@ def export_model(
     kinds = list(dict.fromkeys(kind.upper() for kind in quants))
     if not kinds:
         raise UsageError("No quantization type was asked for.", "Name one, such as q4_k_m.")
-    for kind in kinds:
-        if kind.lower() not in OUTTYPES:
-            find_kind(kind)
+    require_imatrix(kinds, given=imatrix is not None)
     _require_space(model_dir, out_dir, kinds)
     out_dir.mkdir(parents=True, exist_ok=True)
     files = {kind: out_dir / f"{name}-{kind}.gguf" for kind in kinds}
@@ -78,7 +78,7 @@ def export_model(
         )
 
     for kind in kinds:
-        if kind.lower() in OUTTYPES:
+        if kind in PLAIN:
             write(files[kind], kind.lower())
     coarse = [kind for kind in kinds if kind in KINDS]
     if coarse:
@@ -107,32 +107,45 @@ def imatrix_effect(
     *,
     adapter_dir: Path | str | None = None,
     onto: Onto = "full",
-    work_dir: Path | str | None = None,
+    work_dir: Path,
 ) -> dict[str, float | None]:
     """Mean KL in nats to the F16 file of a quantization without and with an importance matrix.
 
     Args:
-        kind: a key of `quantize.KINDS`.
+        kind: a key of `kinds.KINDS`.
         rows: (prompt ids, response ids) to measure on.
         adapter_dir, onto: as `export_model`.
-        work_dir: where two temporary files are written.
+        work_dir: a directory of the user; two files, the merged model as F16 and the quantized one,
+            are in a hidden directory there meanwhile.
 
     Returns:
         {"without": ..., "with": ...}; without is None for types that need the matrix.
     """
     rows = cap_rows(rows, load_config(Path(model_dir)).vocab_size)
-    with TemporaryDirectory(dir=work_dir) as work:
-        source = Path(work) / "f16.gguf"
+    with _work_in(work_dir) as work:
+        source = work / "f16.gguf"
         export(model_dir, source, adapter_dir=adapter_dir, onto=onto)
         reference = list(gguf_distributions(source, rows))
 
         def mean_kl(matrix: Imatrix | None) -> float:
-            quantize(source, Path(work) / "quantized.gguf", kind, imatrix=matrix)
-            found = gguf_distributions(Path(work) / "quantized.gguf", rows)
+            quantize(source, work / "quantized.gguf", kind, imatrix=matrix)
+            found = gguf_distributions(work / "quantized.gguf", rows)
             return float(agreement(reference, found)["mean_kl"])
 
-        without = None if find_kind(kind).needs_imatrix else mean_kl(None)
+        without = None if needs_imatrix(kind) else mean_kl(None)
         return {"without": without, "with": mean_kl(imatrix)}
+
+
+@contextmanager
+def _work_in(place: Path) -> Iterator[Path]:
+    """A directory that is removed at the end; one that a killed process left is emptied first."""
+    work = partial_path(place / "imatrix")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(mode=0o700, parents=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _tell_limits(model_dir: Path) -> None:
@@ -148,7 +161,8 @@ def _tell_limits(model_dir: Path) -> None:
 
 def _modelfile(model_dir: Path, file: Path, context: str | None) -> None:
     config, tokenizer = load_config(model_dir), load_tokenizer(model_dir)
-    window = min(WINDOW, context_length(architecture(config), config))
+    page = len(tokenizer.encode(context or "", add_special_tokens=False))
+    window = chat_window(page, context_length(architecture(config), config))
     vocabulary = read_vocabulary(tokenizer, config.vocab_size)
     write_modelfile(
         file.with_name("Modelfile"),

@@ -1,8 +1,8 @@
 """Write one GGUF file from a Hugging Face model directory, tensor by tensor.
 
-The file appears under its name only after llama.cpp has read its vocabulary back and encoded a
-corpus of hard strings as the model's own tokenizer does. K-quants are made from such a file, in
-`quantize`; which files a user gets is decided in `deliver`.
+The file appears under its name only after llama.cpp has found every tensor of the architecture in
+it, read its vocabulary back and encoded a corpus of hard strings as the model's own tokenizer does.
+K-quants are made from such a file, in `quantize`; which files a user gets is decided in `deliver`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .architectures import (
     gguf_name,
     write_metadata,
 )
-from .proof import prove_tokenizer
+from .proof import prove_loads, prove_tokenizer
 from .vocabulary import Vocabulary, load_tokenizer, read_vocabulary
 
 OUTTYPES = {
@@ -65,7 +65,7 @@ def export(
 
     Raises:
         UserError: unknown architecture or tokenizer, weights that do not fit float16, too little
-            disk, or llama.cpp encodes text differently.
+            disk, or llama.cpp encodes text differently or misses a tensor.
     """
     model_dir, out_path = Path(model_dir), Path(out_path)
     if outtype not in OUTTYPES:
@@ -102,8 +102,23 @@ def export(
         for target, tensor in extra.items():
             _write(writer, target, tensor, outtype)
         writer.close()
+        shapes = [checkpoint.entries[source].shape for source in names]
+        numbers = sum(map(math.prod, [*shapes, *(tensor.shape for tensor in extra.values())]))
+        prove_loads(partial, (family.name, numbers))
         prove_tokenizer(partial, tokenizer, vocabulary)
     return vocabulary
+
+
+def require_exportable(model_dir: Path | str) -> None:
+    """Raise the UserError that `export` would, before a model is trained for nothing.
+
+    Reads the config, the tokenizer and the headers of the weights; takes about a second.
+    """
+    model_dir = Path(model_dir)
+    config = load_config(model_dir)
+    family = architecture(config)
+    read_vocabulary(load_tokenizer(model_dir), config.vocab_size)
+    _names(Checkpoint(model_dir), family, config)
 
 
 def open_checkpoint(

@@ -1,7 +1,7 @@
-"""Proof that llama.cpp encodes text as the model was trained to read it.
+"""Proof, on the file as written, that llama.cpp can load it and encodes text as the model expects.
 
-Every string of a corpus that is known to separate tokenizers is encoded by both sides, from the
-file as written; a single difference stops the export. Two things are outside it. llama.cpp does not
+Every string of a corpus that is known to separate tokenizers is encoded by both sides; a single
+difference stops the export. Two things are outside it. llama.cpp does not
 normalize unicode: `llama.encode`, and so our chat, does; other programs encode text differently
 that is not in normal form already. And what opens a text without a chat around it: see `plain` of
 `Vocabulary`.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .llama import encode, is_end, open_gguf
+from .llama import encode, is_end, open_gguf, read_back
 from .vocabulary import SPACE, Vocabulary
 
 HARD_STRINGS = (
@@ -93,6 +93,21 @@ def random_strings(count: int, seed: int = 0) -> list[str]:
         return unicodedata.normalize("NFC", known)
 
     return [string() for _ in range(count)]
+
+
+def prove_loads(path: Path, expected: tuple[str, int]) -> None:
+    """Raise UserError unless llama.cpp finds the whole model in the file.
+
+    Args:
+        expected: architecture and number of parameters, as `llama.read_back` gives them.
+    """
+    found = read_back(path)
+    if found != expected:
+        raise UserError(
+            f"llama.cpp finds {found[1]:,} parameters of {found[0]} in {path.name} instead of "
+            f"{expected[1]:,} of {expected[0]}.",
+            "Please report the model's name.",
+        )
 
 
 def prove_tokenizer(

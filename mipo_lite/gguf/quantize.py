@@ -13,7 +13,6 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,67 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..disk import require_disk
-from ..errors import UsageError, UserError
+from ..errors import UserError
 from ..merging import Progress
 from ..run import atomic_write
-from .llama import last_words, listening, threads
+from .kinds import find_kind, require_imatrix
+from .llama import last_words, listening, read_back, threads
+from .proof import prove_loads
 
 Imatrix = Mapping[str, NDArray[np.float32]]
 
 SLAB = 64 << 20  # bytes of a tensor's rows in memory at once
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A quantization type.
-
-    Attributes:
-        ftype: llama_ftype.
-        bits: per weight, as llama.cpp's documentation gives them for an 8B model.
-        needs_imatrix: llama.cpp refuses it without an importance matrix.
-    """
-
-    ftype: int
-    bits: float
-    needs_imatrix: bool = False
-
-
-KINDS = {
-    "Q8_0": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, 8.5),
-    "Q6_K": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K, 6.56),
-    "Q5_K_M": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M, 5.7),
-    "Q5_K_S": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_S, 5.57),
-    "Q4_K_M": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, 4.89),
-    "Q4_K_S": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_S, 4.67),
-    "Q3_K_L": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_L, 4.3),
-    "Q3_K_M": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_M, 4.0),
-    "Q3_K_S": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_S, 3.64),
-    "Q2_K": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K, 3.16),
-    "Q2_K_S": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K_S, 2.97, needs_imatrix=True),
-    "IQ4_NL": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_NL, 4.68),
-    "IQ4_XS": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_XS, 4.46),
-    "IQ3_M": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ3_M, 3.76),
-    "IQ3_S": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ3_S, 3.66),
-    "IQ3_XS": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ3_XS, 3.5, needs_imatrix=True),
-    "IQ3_XXS": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ3_XXS, 3.25, needs_imatrix=True),
-    "IQ2_M": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ2_M, 2.93, needs_imatrix=True),
-    "IQ2_S": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ2_S, 2.74, needs_imatrix=True),
-    "IQ2_XS": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ2_XS, 2.59, needs_imatrix=True),
-    "IQ2_XXS": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ2_XXS, 2.38, needs_imatrix=True),
-    "IQ1_M": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ1_M, 2.15, needs_imatrix=True),
-    "IQ1_S": Kind(llama_cpp.LLAMA_FTYPE_MOSTLY_IQ1_S, 2.0, needs_imatrix=True),
-}
-
-
-def find_kind(name: str) -> Kind:
-    """The type called `name`, in any case; UsageError when there is none."""
-    kind = KINDS.get(name.upper())
-    if kind is None:
-        raise UsageError(
-            f"There is no quantization type {name}.",
-            f"Known are F32, F16, BF16, {', '.join(KINDS)}.",
-        )
-    return kind
 
 
 def quantize(
@@ -96,7 +44,7 @@ def quantize(
     """Quantize `source` (F32, F16 or BF16) to `out_path`.
 
     Args:
-        name: one of `KINDS`.
+        name: one of `kinds.KINDS`.
         imatrix: tensor name in the file -> importance of each column, see `imatrix`.
         progress: e.g. `console.progress`; counts tensors.
 
@@ -105,17 +53,14 @@ def quantize(
         the block length: a line for each such type, with the tensors.
 
     Raises:
-        UserError: the type needs an importance matrix, too little disk, or llama.cpp failed.
+        UserError: the type needs an importance matrix, too little disk, or llama.cpp failed or can
+            not load what it wrote.
     """
-    source, out_path, kind = Path(source), Path(out_path), find_kind(name)
-    if kind.needs_imatrix and not imatrix:
-        raise UserError(
-            f"{name} is too coarse to be made without an importance matrix.",
-            "Add --imatrix, or choose a type of 3.6 bits or more, such as Q3_K_M.",
-        )
+    source, out_path = Path(source), Path(out_path)
+    require_imatrix([name], given=bool(imatrix))
     require_disk(out_path, estimate(source.stat().st_size, name), out_path.name)
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = kind.ftype
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name.upper()}")
     params.nthread = threads()
     params.max_buf_size = SLAB
     keep = _give_imatrix(params, imatrix) if imatrix else None
@@ -128,6 +73,7 @@ def quantize(
                 f"llama.cpp could not quantize to {name}: {log.error or last_words()}",
                 "Choose another type.",
             )
+        prove_loads(partial, read_back(source))
     del keep  # llama.cpp reads it until here
     return log.fallbacks()
 

@@ -106,9 +106,13 @@ def load_tokenizer(model_dir: Path | str) -> Any:
     """The tokenizer of a model directory; UserError when there is none that can be exported."""
     from transformers import AutoTokenizer
 
+    error = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as found:
+        error = found
+    # Without tokenizer.json transformers makes an empty tokenizer for some families.
+    if error or not tokenizer.encode("a", add_special_tokens=False):
         raise UserError(
             f"{model_dir} has no tokenizer that transformers can load.",
             "Copy the tokenizer files of the base into it.",
