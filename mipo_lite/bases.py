@@ -200,7 +200,7 @@ def files_to_download(name: str, revision: str | None = None) -> dict[str, int]:
         )
     files = {file: sizes[file] for file in wanted}
     instead = "set HF_HOME to a directory on another disk"
-    require_disk(Path(constants.HF_HUB_CACHE), sum(files.values()), name, instead=instead)
+    require_disk(Path(constants.HF_HUB_CACHE), sum(files.values()), name, instead)
     return files
 
 

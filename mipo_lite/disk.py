@@ -11,7 +11,7 @@ from .errors import UserError
 ELSEWHERE = "write to another disk: a new run with --run, exports and merges with --out"
 
 
-def require_disk(path: Path, needed: int, what: str, *, instead: str = ELSEWHERE) -> None:
+def require_disk(path: Path, needed: int, what: str, instead: str = ELSEWHERE) -> None:
     """Raise UserError unless `needed` bytes are free where `path` will be written.
 
     Args:
