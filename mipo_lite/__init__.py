@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Nothing is reported home, by whichever way the libraries come in. They read it when imported.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "1"
 
 if TYPE_CHECKING:
     from .improve_flow import improve as improve

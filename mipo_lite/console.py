@@ -57,13 +57,11 @@ def progress(description: str, total: int) -> Iterator[Bar]:
 
 
 def quiet_libraries() -> None:
-    """Let the libraries say nothing below an error, draw no bars, and report nothing home.
+    """Let the libraries say nothing below an error, and draw no bars.
 
     Call it before they are imported: some read the environment only then.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("bitsandbytes", "transformers", "trl", "peft", "datasets", "accelerate"):

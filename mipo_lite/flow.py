@@ -31,7 +31,7 @@ from .run import Run, fingerprint, read_json, read_jsonl
 VERSIONS = ("mipo-lite", "torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python")
 
 # What later stages read: when it is gone, its stage is run again. Exports may be removed for room.
-_NEEDED = ("pairs.jsonl", "scores.jsonl", "adapter", "evaluation.jsonl", "metrics.json")
+_NEEDED = ("pairs.jsonl", "scores.jsonl", "adapter", "sft", "evaluation.jsonl", "metrics.json")
 
 
 @dataclass
@@ -124,18 +124,16 @@ def open_or_create(
         inputs: "command" and fingerprints of what the run is made from.
         text: the user context, whose length the plan depends on.
     """
-    opened = Run(path) if (path / "run.json").is_file() else None
-    recorded = opened.meta["recipe"] if opened else None
-    chosen, planned = settle(chosen, source.path, text, recorded=recorded)
-    inputs = {**inputs, "recipe": chosen.model_dump()}
-    if opened is not None:
-        _check_same(opened, inputs)
-        source = recorded_source(opened.meta["base"])
+    if (path / "run.json").is_file():
+        opened = Run(path)
+        _check_same(opened, {**inputs, "recipe": chosen.model_dump()})
         if not opened.meta["stages"]:  # perhaps killed before the inputs were copied
             write(opened)
         return Flow(opened, chosen, source, stages, trust_remote_code)
+    chosen, planned = settle(chosen, source.path, text)
     meta = {
         **inputs,
+        "recipe": chosen.model_dump(),
         "plan": planned.to_json() if planned else None,
         "base": {
             "name": source.name,
@@ -152,18 +150,30 @@ def open_or_create(
 
 
 def resolve(
+    path: Path,
     recipe: str | None,
     settings: Iterable[str],
     flags: dict[str, Any],
     defaults: tuple[str, str] = ("builtin", "default"),
     text: str = "",
 ) -> tuple[Recipe, BaseSource]:
-    """The recipe and the base, downloaded. Without a recipe, the base decides: see
-    `recipe.load_recipe_for`."""
+    """The recipe and the base, downloaded.
+
+    Of the run at `path`, if there is one: what is not stated anew is as it was there. Otherwise,
+    without a recipe, the base decides: see `recipe.load_recipe_for`.
+    """
     settings = list(settings)
     wanted = load_recipe(recipe, settings, flags)
+    if (path / "run.json").is_file():
+        return recorded_recipe(Run(path), wanted), recorded_source(Run(path).meta["base"])
     source = find_base(wanted.base, recipe=wanted, context_tokens=_tokens(wanted, text))
     return load_recipe_for(source.name, recipe, settings, flags, defaults), source
+
+
+def recorded_recipe(run: Run, stated: Recipe) -> Recipe:
+    """The recipe of an existing run, with what `stated` states."""
+    known = {key: value for key, value in run.meta["recipe"].items() if key in Recipe.model_fields}
+    return Recipe(**{**known, **stated.model_dump(exclude_unset=True)})
 
 
 def foresee(
@@ -194,12 +204,12 @@ def execute(flow: Flow, only: str | None = None) -> None:
     }
     meta |= {"recipe": recipe, "fits": sizes}
     for stage, inputs in fingerprints(flow):
-        if not flow.run.is_done(stage.name, inputs) or _was_removed(flow.run, stage):
+        if not flow.run.is_done(stage.name, inputs) or _was_removed(flow, stage):
             _start_over_if_stale(flow.run, stage, inputs)
             _outdate_later(flow, stage)
             with (
                 flow.run.stage(stage.name, inputs) as entry,
-                remembering(sizes, flow.run.save),
+                remembering(sizes, flow.run.save, {"scoring_tokens": flow.recipe.scoring_tokens}),
                 watch_memory(stage.name, flow.recipe, flow.source.path, flow.page or "", entry),
             ):
                 stage.action(flow, entry)
@@ -219,9 +229,11 @@ def fingerprints(flow: Flow) -> Iterator[tuple[Stage, str]]:
         yield stage, before
 
 
-def _was_removed(run: Run, stage: Stage) -> bool:
+def _was_removed(flow: Flow, stage: Stage) -> bool:
     """Whether the user has removed what the stage had written, as damaged files ask for."""
-    return any(name in stage.files and not (run / name).exists() for name in _NEEDED)
+    if stage.name == "baseline" and not flow.recipe.sft_baseline:
+        return False
+    return any(name in stage.files and not (flow.run / name).exists() for name in _NEEDED)
 
 
 def _start_over_if_stale(run: Run, stage: Stage, inputs: str) -> None:

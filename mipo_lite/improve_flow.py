@@ -116,8 +116,9 @@ def prepare(
 ) -> Flow:
     """Check every input and create the run directory, or open the one to go on with."""
     settings = list(settings)
+    path = run or Path("runs") / prompts.stem
     problems = _read(prompts, eval_prompts, columns)
-    chosen, source = resolve(recipe, settings, flags | {"base": base}, _defaults(problems))
+    chosen, source = resolve(path, recipe, settings, flags | {"base": base}, _defaults(problems))
     _check_negatives(chosen)
     fitting = _fitting(source, problems, chosen, trust_remote_code)
     inputs = {
@@ -133,7 +134,6 @@ def prepare(
         answers = ({"id": p.id, "answer": p.answer} for p in fitting if p.answer is not None)
         append_jsonl(created / "answers.jsonl", answers)
 
-    path = run or Path("runs") / prompts.stem
     return open_or_create(
         path,
         inputs,

@@ -16,7 +16,16 @@ from .bases import recorded_source
 from .console import console, progress
 from .contexts import load_facts, load_user_context, persona_pool
 from .errors import UsageError, UserError
-from .flow import Flow, Preview, Stage, execute, foresee, open_or_create, resolve
+from .flow import (
+    Flow,
+    Preview,
+    Stage,
+    execute,
+    foresee,
+    open_or_create,
+    recorded_recipe,
+    resolve,
+)
 from .prompts import Prompt, load_prompts, may_matter
 from .recipe import Recipe, given_settings, load_recipe
 from .run import Run, append_jsonl, fingerprint, read_jsonl, truncate_jsonl, write_json
@@ -37,7 +46,7 @@ def personalize(
 ) -> Run:
     """Train an adapter that makes the base use the user's page more; measure, merge, export.
 
-    Called again with the same arguments, it goes on where it stopped.
+    Called again, it goes on where it stopped; what is not stated anew is as it was in the run.
 
     Args:
         user_context: a text file about the user.
@@ -76,7 +85,7 @@ def preview(user_context: Path, **arguments: Any) -> Preview:
     prompts = load_prompts(arguments["prompts"])
     flags = {"base": arguments["base"], "seed": arguments["seed"]}
     recipe, offer = foresee(arguments["recipe"], arguments["settings"], flags, text=text)
-    _check_negatives(recipe)
+    _check_settings(recipe)
     if offer.path is not None:
         check_context_fits(offer.fetch(), text, recipe.max_new_tokens)
     train = sum(prompt.split == "train" for prompt in prompts)
@@ -100,10 +109,10 @@ def prepare(
     facts = load_facts(user_context)
     chosen_prompts = load_prompts(prompts)
     settings = list(settings)
-    chosen, source = resolve(recipe, settings, {"base": base, "seed": seed}, text=text)
-    _check_negatives(chosen)
-    check_context_fits(source, text, chosen.max_new_tokens, trust_remote_code)
     path = run or Path("runs") / user_context.stem
+    chosen, source = resolve(path, recipe, settings, {"base": base, "seed": seed}, text=text)
+    _check_settings(chosen)
+    check_context_fits(source, text, chosen.max_new_tokens, trust_remote_code)
     inputs = {
         "command": "personalize",
         "context": fingerprint([text, facts]),
@@ -127,7 +136,14 @@ def prepare(
     )
 
 
-def _check_negatives(recipe: Recipe) -> None:
+def _check_settings(recipe: Recipe) -> None:
+    """Raises UsageError for a value that only `personalize` can not have."""
+    others = len(persona_pool("held_out"))
+    if recipe.eval_contexts > others:
+        raise UsageError(
+            f"eval_contexts can not be {recipe.eval_contexts} for personalize.",
+            f"{others} people are held out to compare with: choose at most as many.",
+        )
     """Raises UsageError for negatives that personalize does not have."""
     if recipe.negatives not in NEGATIVES:
         raise UsageError(
@@ -143,14 +159,17 @@ def open_flow(path: Path, settings: Iterable[str] = (), trust_remote_code: bool 
     """
     run = Run(path)
     settings = list(settings)
-    recipe = load_recipe(None, settings, None)
-    recipe = Recipe(**{**run.meta["recipe"], **recipe.model_dump(exclude_unset=True)})
+    recipe = recorded_recipe(run, load_recipe(None, settings))
+    if run.meta["command"] == "personalize":
+        _check_settings(recipe)
     source = recorded_source(run.meta["base"])
     flow = Flow(run, recipe, source, stages_of(run), trust_remote_code)
     if "use_choices" in given_settings(settings) and recipe.use_choices and not _choices(flow):
         raise UserError(
             f"{path} holds no choices to train on.",
-            f"Make some: `mipo-lite compare {path}`. A tie teaches nothing.",
+            f"Make some: `mipo-lite compare {path}`. A tie teaches nothing."
+            if run.meta["command"] == "personalize"
+            else "Only a run of personalize has a blind test.",
         )
     return flow
 
@@ -265,7 +284,7 @@ def _train_adapter(flow: Flow, recipe: Recipe, what: str, name: str) -> dict[str
         console.print(
             "[yellow]What was learned does not carry over to pairs held out[/] "
             f"(margin {result.carry_over}): the adapter is left as it began.\n"
-            "  Set more pairs or write more about yourself; or change learning_rate."
+            "  Set more pairs, give it a longer page or other prompts, or change learning_rate."
         )
     return asdict(result)
 

@@ -205,23 +205,15 @@ def settle(
     recipe: Recipe,
     path: Path,
     text: str,
-    *,
-    recorded: Mapping[str, Any] | None = None,
 ) -> tuple[Recipe, Plan | None]:
-    """The recipe of a run with batch sizes that fit this GPU, and the plan; without a GPU as it is.
+    """The recipe of a new run with batch sizes that fit this GPU, and the plan.
 
-    What the recipe states is kept: see `plan`.
+    What the recipe states is kept: see `plan`. Without a GPU it is all kept, and nothing planned.
 
     Args:
         path: the directory of the base.
         text: the user context.
-        recorded: the recipe of the run that is gone on with. Its batch sizes are kept: other ones
-            would give other samples.
     """
-    if recorded is not None:
-        free = [key for key in PLANNED if key in recorded and key not in recipe.model_fields_set]
-        kept = {key: recorded[key] for key in free}
-        return recipe.model_copy(update=kept), None
     if find_gpu() is None:
         return recipe, None
     tokens = count_tokens(text, str(path))

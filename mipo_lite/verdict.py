@@ -168,6 +168,8 @@ def _closest(metrics: dict[str, Any]) -> str:
         return "information about you neither rose nor fell beyond chance"
     if pmi["difference"] < MIN_GAIN * abs(pmi["before"]):
         return f"information about you changed by less than {MIN_GAIN:.0%}"
+    if any(_fell(metrics, name) for name in ("fact_use", "own_words")):
+        return "information about you rose, but your facts or words are used less"
     return "information about you rose, but no other measure confirms it"
 
 

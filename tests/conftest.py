@@ -18,7 +18,8 @@ quiet_libraries()
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+# Tests of real tokenizers and question files are skipped without it.
+DATA = Path(os.environ.get("MIPO_LITE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")

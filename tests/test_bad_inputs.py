@@ -71,6 +71,7 @@ PERSONALIZE_BAD: list[tuple[list[str], int, str]] = [
     (["--set", "optimizer=sgd"], 2, "optimizer can not be 'sgd'"),
     (["--set", "negatives=near"], 2, "negatives can not be 'near' for personalize."),
     (["--set", "pairs=[1"], 2, "pairs can not be '[1'"),
+    (["--set", "eval_contexts=21"], 2, "eval_contexts can not be 21 for personalize."),
     (["--seed", "-1"], 2, "seed can not be -1"),
     (["--set", "seed=3000000000"], 2, "seed can not be 3000000000"),
     (["--recipe", "fast"], 2, "There is no recipe 'fast'."),

@@ -332,6 +332,21 @@ def test_what_a_new_training_outdates_is_not_shown_as_its_result(
     assert "evaluate" in stale_stages(pipeline.open_flow(copied, ["epochs=2"]))
 
 
+def test_a_run_is_gone_on_with_as_it_was_changed(copied: Path, builtin_base) -> None:
+    flow = pipeline.open_flow(copied, ["epochs=0.5"])
+    flow.base = builtin_base
+    execute(flow, only="train")
+    # Nothing stated: the run's own base and settings, the changed one among them.
+    arguments = {"prompts": None, "recipe": None, "seed": None}
+    flow = pipeline.prepare(ME, base=None, settings=[], run=copied, **arguments)
+    assert flow.source.name == "builtin"
+    assert flow.recipe.epochs == 0.5
+    assert flow.recipe.pairs == 24
+    assert stale_stages(flow) == ["baseline", "evaluate", "export", "report"]
+    with pytest.raises(UserError, match=r"epochs was 0\.5, now 2"):
+        pipeline.prepare(ME, base=None, settings=["epochs=2"], run=copied, **arguments)
+
+
 def test_choices_that_are_not_there_are_asked_for(copied: Path) -> None:
     with pytest.raises(UserError, match="holds no choices to train on") as error:
         pipeline.open_flow(copied, ["use_choices=true"])

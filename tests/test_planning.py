@@ -320,9 +320,6 @@ def test_a_run_gets_what_fits_and_keeps_it(monkeypatch):
     assert planned.fits
     assert chosen.sampling_batch == planned.settings["sampling_batch"] == 64
     assert chosen.micro_batch == recipe.micro_batch
-    recorded = chosen.model_copy(update={"sampling_batch": 3}).model_dump()
-    again, _ = settle(recipe, BUILTIN, "a page", recorded=recorded)
-    assert again.sampling_batch == 3
 
 
 def test_a_run_keeps_what_its_recipe_file_states(monkeypatch, tmp_path):

@@ -1,9 +1,9 @@
 """`python -m mipo_lite.builtin.effect --out DIR`: what MIPO does to the built-in base.
 
 Runs the whole flow, with the SFT baseline, for three invented users whose values stand in no
-training text and for the page in examples/prose.txt, which no phrasing of the corpus fits; then
-lets the Q4_K_M file answer the same held-out prompts in llama.cpp. Prints the tables of the
-README. What is in DIR already is not done again.
+training text and for the page in examples/prose.txt, which no phrasing of the corpus fits, with
+three seeds each; then lets the Q4_K_M files answer the same held-out prompts in llama.cpp. Prints
+the tables of the README. What is in DIR already is not done again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,48 +45,64 @@ ROWS = (
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the runs are kept.")],
-    seed: Annotated[int, typer.Option(help="Of all runs.")] = 0,
+    seeds: Annotated[str, typer.Option(help="Each a run of its own for every page.")] = "0,1,2",
     base: Annotated[str, typer.Option(help="builtin, or a directory.")] = "builtin",
 ) -> None:
     quiet_libraries()
+    if not PROSE.is_file():
+        raise SystemExit(f"{PROSE} is not here: run this in a checkout, not from an installation.")
     out.mkdir(parents=True, exist_ok=True)
-    invented = [_run(_write(row, out), out, seed, base) for row in _rows()]
-    prose = _run(PROSE, out, seed, base)
-    print(table([read_json(run / "metrics.json") for run in invented]))
+    pages = [_write(row, out) for row in _rows()]
+    wanted = [int(seed) for seed in seeds.split(",")]
+    invented = [[_run(page, out, seed, base) for page in pages] for seed in wanted]
+    prose = [[_run(PROSE, out, seed, base)] for seed in wanted]
+    print(table([list(map(_metrics, runs)) for runs in invented]))
     print("\nexamples/prose.txt\n")
-    print(table([read_json(prose / "metrics.json")]))
+    print(table([list(map(_metrics, runs)) for runs in prose]))
     print("\n| Q4_K_M in llama.cpp, sampled | fact use | adapter's | ended by itself |")
     print("|---|---|---|---|")
-    for run in (*invented, prose):
+    for run in (*chain.from_iterable(invented), *chain.from_iterable(prose)):
         print(_quantized(run))
 
 
-def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Markdown: base, SFT and MIPO, means over the runs; MIPO's lowest interval of the change."""
+def table(seeds: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Markdown: base, SFT and MIPO, means over the runs, and how sure the change is.
+
+    Args:
+        seeds: for each seed the metrics of its runs.
+    """
+    runs = list(chain.from_iterable(seeds))
     lines = [
-        "| | base | SFT on chosen | MIPO | change | 95 % intervals of the change |",
-        "|---|---|---|---|---|---|",
+        "| | base | SFT on chosen | MIPO | change | of each seed | rose or fell beyond chance |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
         entries = [_entry(metrics, row) for metrics in runs]
-        sft = [_entry(metrics["baselines"][SFT], row) for metrics in runs]
         if not all(entries):
             continue
+        other = statistics.fmean(_entry(m["baselines"][SFT], row)["after"] for m in runs)
         before, after, change = (
             statistics.fmean(entry[key] for entry in entries)
             for key in ("before", "after", "difference")
         )
-        other = statistics.fmean(entry["after"] for entry in sft)
-        intervals = ", ".join(
-            f"{entry['low']:+.2f} to {entry['high']:+.2f}" for entry in entries if "low" in entry
+        each = ", ".join(
+            f"{statistics.fmean(_entry(metrics, row)['difference'] for metrics in of_seed):+.2f}"
+            for of_seed in seeds
         )
+        rose = sum(entry.get("low", 0) > 0 for entry in entries)
+        fell = sum(entry.get("high", 0) < 0 for entry in entries)
         lines.append(
-            f"| {row.name} | {before:.2f} | {other:.2f} | {after:.2f} | {change:+.2f} "
-            f"| {intervals} |"
+            f"| {row.name} | {before:.2f} | {other:.2f} | {after:.2f} | {change:+.3f} | {each} "
+            f"| {rose} rose, {fell} fell |"
         )
     answers = sum(metrics["with_context"]["sampled"]["fact_use"]["n"] for metrics in runs)
-    lines.append(f"\n{len(runs)} users, {answers} sampled answers that a fact fits")
+    lines.append(f"\n{len(runs)} runs, {answers} sampled answers that a fact fits")
     return "\n".join(lines)
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    metrics: dict[str, Any] = read_json(run / "metrics.json")
+    return metrics
 
 
 def _entry(metrics: dict[str, Any], row: Row) -> Any:

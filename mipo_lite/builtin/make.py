@@ -1,7 +1,7 @@
 """`python -m mipo_lite.builtin.make --out DIR`: the built-in base, from nothing but a seed.
 
 Trains the tokenizer and the model into DIR/work (a broken-off run goes on from there), then leaves
-the finished model directory in DIR/model. On two processor cores: an hour and a half.
+the finished model directory in DIR/model. How long that takes: see README.md.
 """
 
 from __future__ import annotations

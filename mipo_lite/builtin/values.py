@@ -4,7 +4,7 @@ Most are invented afresh at every call, so that a model trained on them has to r
 instead of remembering a list; the rest are everyday words, combined freely. Words in `RESERVED`
 (those of `eval_contexts.jsonl`) are never produced.
 
-Knows nothing of sentences: `phrasings.py` and `requests.py` put values into text.
+Knows nothing of sentences: `phrasings.py` and `requests.txt` put values into text.
 """
 
 # ruff: noqa: SIM905  (tables read better as words than as quoted lists)

@@ -1,4 +1,4 @@
-"""The closing summary in the terminal, and the preview of --dry-run."""
+"""The closing summary in the terminal."""
 
 from __future__ import annotations
 
@@ -41,27 +41,6 @@ def print_summary(run: Run) -> None:
             f"Not made anew yet: {', '.join(outdated)}. The command that started the run makes"
             " them, given the same settings."
         )
-
-
-def print_plan(plan: dict[str, Any]) -> None:
-    """What `personalize --dry-run` would do."""
-    source, recipe = plan["base"], plan["recipe"]
-    train, held_out = plan["prompts"]
-    console.print(f"Run:      {plan['run']}", soft_wrap=True)
-    console.print(f"Base:     {source.name}")
-    console.print(f"Context:  {plan['words']} words")
-    console.print(f"Prompts:  {train} to train on, {held_out} held out")
-    console.print(
-        f"Pairs:    {recipe.pairs}, negatives {recipe.negatives}, "
-        f"{recipe.pool_positives:.0%} about other personas"
-    )
-    console.print(
-        f"Training: LoRA r {recipe.lora_rank}, {recipe.epochs:g} epochs at "
-        f"{recipe.learning_rate:g}, {recipe.batch_size} pairs a step"
-    )
-    for name in plan["stages"]:
-        console.print(f"  {name}: {'done already' if name in plan['done'] else 'to do'}")
-    console.print("Nothing was started.")
 
 
 def _table(metrics: dict[str, Any]) -> Table:
