@@ -8,6 +8,7 @@ which takes seconds: only the base's GGUF, made when `--plain` first asks for it
 from __future__ import annotations
 
 import codecs
+import glob
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -236,9 +237,15 @@ def user_page(run: Run) -> str | None:
 
 
 def gguf_files(run: Run) -> list[Path]:
-    """The models of a run as GGUF, without the adapter alone."""
-    files = sorted((run / "gguf").glob(f"{run.name}-*.gguf"))
-    return [file for file in files if not file.stem.endswith("-lora")]
+    """The models of a run as GGUF, without the adapter alone: first what its recipe asks for."""
+    wanted = [kind.upper() for kind in run.meta["recipe"]["quants"]]
+
+    def rank(file: Path) -> tuple[int, str]:
+        kind = file.stem.removeprefix(f"{run.name}-")
+        return (wanted.index(kind) if kind in wanted else len(wanted)), kind
+
+    files = (run / "gguf").glob(f"{glob.escape(run.name)}-*.gguf")
+    return sorted((file for file in files if not file.stem.endswith("-lora")), key=rank)
 
 
 def _best_gguf(run: Run) -> Path:

@@ -7,6 +7,7 @@ The export stage of a run and the commands export, merge, chat and compare meet 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -204,6 +205,7 @@ def export_files(
     kinds = list(quants or ["q4_k_m"])
     checked = _onto(onto)
     if (model / "run.json").is_file():
+        _refuse_adapter(model, adapter)
         run = Run(model)
         with run.locked():
             where = out or run / "gguf"
@@ -251,12 +253,21 @@ def merge_adapter(model: Path, *, adapter: Path | None, out: Path, onto: str) ->
     """`mipo-lite merge`: of a run, or of any directory with any LoRA adapter."""
     checked = _onto(onto)
     if (model / "run.json").is_file():
+        _refuse_adapter(model, adapter)
         run = Run(model)
         model, adapter = recorded_source(run.meta["base"]).path, run / "adapter"
     if adapter is None:
         raise UsageError("There is no adapter to merge.", "Name one with --adapter DIR.")
     merge(check_weights(model), adapter, out, onto=checked, progress=progress)
     console.print(f"Merged model: {out}", soft_wrap=True)
+
+
+def _refuse_adapter(run: Path, adapter: Path | None) -> None:
+    if adapter is not None:
+        raise UsageError(
+            f"{run} is a run and has its own adapter; --adapter is for a model directory.",
+            "Leave it out, or name the directory of the base instead of the run.",
+        )
 
 
 def _onto(given: str) -> Onto:
@@ -283,6 +294,7 @@ def compare_run(
     from . import compare
     from .compare_web import CompareServer
     from .judge import DEFAULT_MODEL, Judge, judge_all
+    from .report.page import write_page
 
     if judge is None and (judge_model is not None or allow_remote):
         raise UsageError(
@@ -311,9 +323,11 @@ def compare_run(
                 result = judge_all(judging, comparisons, advance)
             console.print(f"The judge: {result}.", soft_wrap=True)
         elif web:
-            CompareServer(comparisons).serve(
-                lambda url: console.print(f"Open {url}  (Ctrl-C ends)", soft_wrap=True)
-            )
+            with suppress(KeyboardInterrupt):
+                CompareServer(comparisons).serve(
+                    lambda url: console.print(f"Open {url}  (Ctrl-C ends)", soft_wrap=True)
+                )
             compare.print_result(comparisons)
         else:
             compare.compare_in_terminal(comparisons)
+        write_page(opened)

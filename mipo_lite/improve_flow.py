@@ -115,12 +115,15 @@ def prepare(
     trust_remote_code: bool,
 ) -> Flow:
     """Check every input and create the run directory, or open the one to go on with."""
+    from .gguf import require_exportable
+
     settings = list(settings)
     path = run or Path("runs") / prompts.stem
     problems = _read(prompts, eval_prompts, columns)
     chosen, source = resolve(path, recipe, settings, flags | {"base": base}, _defaults(problems))
     _check_negatives(chosen)
     fitting = _fitting(source, problems, chosen, trust_remote_code)
+    require_exportable(source.path)  # now, and not after the training
     inputs = {
         "command": "improve",
         "prompts": fingerprint([problem.as_row() for problem in fitting]),

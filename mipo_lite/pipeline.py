@@ -105,6 +105,8 @@ def prepare(
     trust_remote_code: bool = False,
 ) -> Flow:
     """Check every input and create the run directory, or open the one to go on with."""
+    from .gguf import require_exportable
+
     text = load_user_context(user_context)
     facts = load_facts(user_context)
     chosen_prompts = load_prompts(prompts)
@@ -113,6 +115,7 @@ def prepare(
     chosen, source = resolve(path, recipe, settings, {"base": base, "seed": seed}, text=text)
     _check_settings(chosen)
     check_context_fits(source, text, chosen.max_new_tokens, trust_remote_code)
+    require_exportable(source.path)  # now, and not after the training
     inputs = {
         "command": "personalize",
         "context": fingerprint([text, facts]),

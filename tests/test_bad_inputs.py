@@ -128,6 +128,8 @@ OTHER_BAD: list[tuple[list[str], int, str]] = [
     (["export", "{d}", "--imatrix"], 2, "--imatrix needs a run"),
     (["merge", "{d}", "--out", "{d}/m"], 2, "There is no adapter to merge."),
     (["merge", "{d}", "--adapter", "{d}", "--out", "{d}/m"], 1, "{d} is not a model directory"),
+    (["merge", "{d}/run", "--adapter", "{d}", "--out", "{d}/m"], 2, "{d}/run is a run and has"),
+    (["export", "{d}/run", "--adapter", "{d}"], 2, "{d}/run is a run and has its own adapter"),
     (["merge", "{d}", "--onto", "x", "--out", "{d}/m"], 2, "--onto can not be 'x'."),
     (["chat", "{d}/none.gguf"], 1, "There is no file {d}/none.gguf."),
     (["chat", "{d}/other.gguf", "-m", "Hi"], 1, "llama.cpp can not load {d}/other.gguf"),

@@ -393,7 +393,8 @@ def test_a_dry_run_names_the_base_that_the_run_takes(hub, card, tmp_path):
     page.write_text("I like long walks. " * 500, "utf-8")
     given = {"base": "auto", "prompts": None, "recipe": None, "settings": [], "seed": None}
     foreseen = pipeline.preview(page, **given, run=tmp_path / "run")
-    _, source = resolve(None, [], {"base": "auto"}, text=page.read_text("utf-8").strip())
+    text = page.read_text("utf-8").strip()
+    _, source = resolve(tmp_path / "run", None, [], {"base": "auto"}, text=text)
     assert foreseen.base.name == source.name
     assert foreseen.base.name != find_base("auto").name
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from finished_run import PAGE, make_improve_run, make_run
 
+from mipo_lite.compare import load_comparisons
 from mipo_lite.quality import pair_quality, print_quality
 from mipo_lite.report.page import mark_differences, side_by_side, write_page
 from mipo_lite.report.rows import Row
 from mipo_lite.report.stages import took
 from mipo_lite.report.summary import print_summary
+from mipo_lite.run import read_json, write_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 VOID = {"meta", "link", "input", "br"}
@@ -108,6 +110,26 @@ def test_page_of_a_run_that_has_only_pairs(tmp_path: Path) -> None:
     assert "This run is not finished: train, evaluate, export still to do." in html
     assert "3 of 4 pairs were kept" in html
     assert "Before and after" not in html
+
+
+def test_page_holds_the_blind_test(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "ilva")
+    assert "blind test:" not in write_page(run).read_text("utf-8")
+    comparisons = load_comparisons(run)
+    comparisons.choose(comparisons.all[0], "after")
+    html = write_page(run).read_text("utf-8")
+    assert "the trained model was preferred in 100% of 1 comparisons" in html
+
+
+def test_page_says_what_could_not_be_checked(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "ilva")
+    metrics = read_json(run / "metrics.json")
+    check = {"file": "ilva-Q8_0.gguf", "ended": 3, "answers": 4, "warnings": ["Another template."]}
+    metrics |= {"export": [], "export_skipped": [check | {"skipped": "No memory for that."}]}
+    write_json(run / "metrics.json", metrics)
+    html = write_page(run).read_text("utf-8")
+    assert "3 of 4 answers end by themselves. No memory for that." in html
+    assert "ilva-Q8_0.gguf: Another template." in html
 
 
 def test_page_of_an_improve_run(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..compare import load_comparisons
 from ..quality import pair_quality
 from ..run import Run, atomic_write, read_json, read_jsonl
 from . import plots
@@ -109,7 +110,9 @@ def page_content(run: Run) -> dict[str, Any]:
         "recipe": run.meta["recipe"],
         "versions": run.meta["versions"],
         "device": run.meta["device"],
+        "blind_test": _blind_test(run) if metrics else None,
         "exports": metrics.get("export", []) if metrics else [],
+        "unchecked": metrics.get("export_skipped", []) if metrics else [],
         "merges": metrics.get("merge", {}) if metrics else {},
         "files": [
             (name, what, _size(run / name))
@@ -211,6 +214,14 @@ def _baselines(metrics: dict[str, Any]) -> list[tuple[str, list[tuple[str, list[
         columns.append(("trained", [row.show(entry["after"])]))
         table.append((row.name, columns))
     return table if metrics.get("baselines") else []
+
+
+def _blind_test(run: Run) -> str | None:
+    """What the user has chosen so far in `mipo-lite compare`; None where nothing was."""
+    if not (run / "choices.jsonl").is_file() or run.meta["command"] == "improve":
+        return None
+    result = load_comparisons(run).win_rate()
+    return f"{result}" if result.n else None
 
 
 def _size(path: Path) -> str:
