@@ -12,7 +12,7 @@ RUN ?= runs/demo
 
 install: .venv/installed
 
-# torch comes first and pinned: any looser request may bring several GB of CUDA libraries along.
+# torch comes first and pinned, so that nothing after it asks for another one.
 # llama-cpp-python has no wheel: it is compiled here, once, which takes some minutes.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -153,25 +153,20 @@ def answer_own(run: Run, base: Any, prompts: Sequence[str], recipe: Any) -> None
         base: a loaded Base; prompts that were answered before are not answered again.
     """
     from .evaluation import policies
-    from .sampling import SampleRequest, sample
+    from .responses import respond, seed_of
+    from .sampling import SampleRequest
 
     page = read_json(run / "context.json")["text"]
     done = {row["prompt"] for row in read_jsonl(run / QUESTIONS_FILE)}
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in done]
-    requests = [SampleRequest(base.encode(prompt, page), _seed(prompt)) for prompt in new]
+    requests = [
+        SampleRequest(base.encode(prompt, page), seed_of("compare", prompt)) for prompt in new
+    ]
     rows: list[dict[str, Any]] = []
     with policies(base, {"after": run / "adapter"}) as use:
         for model in ("before", "after"):
             with use(model):
-                samples = sample(
-                    base.model,
-                    requests,
-                    max_new_tokens=recipe.max_new_tokens,
-                    eos_ids=base.eos_ids,
-                    pad_id=base.pad_id,
-                    batch_size=recipe.sampling_batch,
-                )
-                for prompt, answer in zip(new, samples, strict=True):
+                for prompt, answer in zip(new, respond(base, requests, recipe), strict=True):
                     text = base.decode(answer.token_ids)
                     rows.append(
                         {
@@ -298,7 +293,3 @@ def _plain(text: str) -> Any:
     from rich.text import Text
 
     return Text(text or "(an empty answer)")
-
-
-def _seed(prompt: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"compare {prompt}".encode()).digest()[:7], "big")

@@ -7,7 +7,6 @@ with another persona's. `evidence` then says what the answers show. Nothing is t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +26,9 @@ from .contexts import Persona, persona_pool
 from .evidence import measure, summarize
 from .prompts import Condition, Prompt, may_matter, shipped_prompts
 from .recipe import Recipe
+from .responses import respond, seed_of
 from .run import append_jsonl, atomic_write, read_jsonl, truncate_jsonl
-from .sampling import SampleRequest, sample
+from .sampling import SampleRequest
 from .scoring import response_logprobs
 from .verdict import conclude
 
@@ -234,18 +234,14 @@ def _answers(
     recipe: Recipe,
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    samples = sample(
-        base.model,
-        [
-            SampleRequest(questions[index].asked.encode(base), _seed(recipe.seed, index, number))
-            for index, number in asked
-        ],
-        max_new_tokens=recipe.max_new_tokens,
-        eos_ids=base.eos_ids,
-        pad_id=base.pad_id,
-        temperature=1.0 if mode == "sampled" else 0.0,
-        batch_size=recipe.sampling_batch,
-    )
+    requests = [
+        SampleRequest(
+            questions[index].asked.encode(base), seed_of("evaluation", recipe.seed, index, number)
+        )
+        for index, number in asked
+    ]
+    temperature = 1.0 if mode == "sampled" else 0.0
+    samples = respond(base, requests, recipe, temperature=temperature)
     rows = []
     for (index, number), response in zip(asked, samples, strict=True):
         question = questions[index]
@@ -298,8 +294,3 @@ def write_measures(
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row, found in zip(answers, measures, strict=True):
             file.write(json.dumps(row | {"measures": found}, ensure_ascii=False) + "\n")
-
-
-def _seed(seed: int, question: int, number: int) -> int:
-    digest = hashlib.sha256(f"evaluation {seed} {question} {number}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")

@@ -9,7 +9,6 @@ reference answers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -29,8 +28,9 @@ from .pairs import PairPlan, plan_improve, sample_pairs
 from .problems import Problem
 from .prompts import Condition, Prompt
 from .recipe import Recipe
+from .responses import respond, seed_of
 from .run import append_jsonl, atomic_write, read_jsonl, truncate_jsonl
-from .sampling import Sample, SampleRequest, sample
+from .sampling import Sample, SampleRequest
 from .scoring import score_matrix
 
 Negatives = Literal["random", "near", "far", "answers"]
@@ -113,14 +113,8 @@ def likelihoods(
     encoded = [Condition(prompt).encode(base) for prompt in prompts]
     responses = [
         response.token_ids
-        for response in sample(
-            base.model,
-            [SampleRequest(prompt_ids, 0) for prompt_ids in encoded],
-            max_new_tokens=recipe.max_new_tokens,
-            eos_ids=base.eos_ids,
-            pad_id=base.pad_id,
-            temperature=0.0,
-            batch_size=recipe.sampling_batch,
+        for response in respond(
+            base, [SampleRequest(ids, 0) for ids in encoded], recipe, temperature=0.0
         )
     ]
     asked = [[encoded[j] for j in row] for row in candidates]
@@ -243,7 +237,7 @@ def sample_answers(
     A start that was interrupted goes on at the chunk of `recipe.sampling_batch` where it stopped.
     """
     requests = [
-        SampleRequest(ids, _seed(recipe.seed, problem.id, number))
+        SampleRequest(ids, seed_of("answers", recipe.seed, problem.id, number))
         for problem in problems
         for ids in [Condition(problem.prompt).encode(base)]
         for number in range(samples)
@@ -254,19 +248,9 @@ def sample_answers(
         truncate_jsonl(path, done)
     advance(min(done, len(requests)))
     for start in range(done, len(requests), size):
-        chunk = list(
-            sample(
-                base.model,
-                requests[start : start + size],
-                max_new_tokens=recipe.max_new_tokens,
-                eos_ids=base.eos_ids,
-                pad_id=base.pad_id,
-                temperature=recipe.temperature,
-                top_p=recipe.top_p,
-                batch_size=size,
-            )
-        )
-        append_jsonl(path, [{"token_ids": s.token_ids, "ended": s.ended} for s in chunk])
+        chunk = requests[start : start + size]
+        given = respond(base, chunk, recipe, temperature=recipe.temperature, top_p=recipe.top_p)
+        append_jsonl(path, [{"token_ids": s.token_ids, "ended": s.ended} for s in given])
         advance(len(chunk))
     rows = read_jsonl(path)
     found = [Sample(row["token_ids"], row["ended"]) for row in rows]
@@ -318,8 +302,3 @@ def answer_pair_rows(
             }
         )
     return rows
-
-
-def _seed(seed: int, problem: str, number: int) -> int:
-    digest = hashlib.sha256(f"answers {seed} {problem} {number}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")

@@ -7,7 +7,6 @@ same, correct prompt: what conditioned the negative never enters the training se
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from .contexts import Persona
 from .errors import UserError
 from .prompts import Condition, Prompt
 from .recipe import Recipe
+from .responses import respond, seed_of
 from .run import append_jsonl, read_jsonl, truncate_jsonl
-from .sampling import Sample, SampleRequest, sample
+from .sampling import Sample, SampleRequest
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,8 @@ def sample_pairs(
 def _respond(
     base: Base, conditions: Iterable[tuple[Condition, int]], recipe: Recipe
 ) -> Iterator[Sample]:
-    return sample(
-        base.model,
-        [SampleRequest(condition.encode(base), seed) for condition, seed in conditions],
-        max_new_tokens=recipe.max_new_tokens,
-        eos_ids=base.eos_ids,
-        pad_id=base.pad_id,
-        temperature=recipe.temperature,
-        top_p=recipe.top_p,
-        batch_size=recipe.sampling_batch,
-    )
+    requests = [SampleRequest(condition.encode(base), seed) for condition, seed in conditions]
+    return respond(base, requests, recipe, temperature=recipe.temperature, top_p=recipe.top_p)
 
 
 def _row(base: Base, plan: PairPlan, chosen: Sample, rejected: Sample) -> dict[str, Any]:
@@ -159,9 +151,7 @@ def _row(base: Base, plan: PairPlan, chosen: Sample, rejected: Sample) -> dict[s
 
 
 def _seed(plan: PairPlan, role: str) -> int:
-    """The sampling seed of one response: of its own, whatever else is in its batch."""
-    digest = hashlib.sha256(f"{plan.seed} {plan.index} {role}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    return seed_of(plan.seed, plan.index, role)
 
 
 def _cycle(prompts: Sequence[Prompt], count: int, rng: random.Random) -> Iterator[Prompt]:

@@ -157,9 +157,11 @@ def test_an_interrupted_evaluation_goes_on(adapters, tmp_path, monkeypatch) -> N
     rows = [{k: v for k, v in json.loads(line).items() if k != "measures"} for line in lines]
     broken.write_text("".join(json.dumps(row) + "\n" for row in rows[:-9]), "utf-8")
     asked: list[int] = []
-    sample = evaluation.sample
+    respond = evaluation.respond
     monkeypatch.setattr(
-        evaluation, "sample", lambda m, reqs, **o: asked.append(len(reqs)) or sample(m, reqs, **o)
+        evaluation,
+        "respond",
+        lambda b, reqs, *o, **k: asked.append(len(reqs)) or respond(b, reqs, *o, **k),
     )
     again = evaluate(make_base(tiny_model("llama")), USER, PROMPTS, RECIPE, after, broken)
     assert again == first
