@@ -420,3 +420,14 @@ def test_chat_answers_through_llama_cpp(finished) -> None:
     said = ["chat", str(run), "--message", "What is my name?", "--temperature", "0"]
     answer = finish([sys.executable, "-m", "mipo_lite", *said])
     assert 0 < len(answer.split()) < 40
+
+
+def test_a_base_that_can_not_be_exported_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(BUILTIN, base)
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    config |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(UserError, match="phi3"):
+        pipeline.personalize(ME, base=str(base), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
