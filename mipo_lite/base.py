@@ -7,11 +7,13 @@ everything downstream gets a `Base` and never asks where it came from. `bases` f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .bases import BUILTIN, BaseSource, find_base
+from .console import console
 from .contexts import Messages, build_messages, encode_prompt, has_system_role
-from .errors import UserError
+from .errors import UsageError, UserError
 
 __all__ = ["BUILTIN", "Base", "BaseSource", "find_base", "load_base"]
 
@@ -111,9 +113,13 @@ def load_base(
 def load_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> Any:
     """The tokenizer with its chat template and a padding token.
 
-    Raises UserError when it has no chat template, or the directory holds no tokenizer.
+    Raises UserError when it has no chat template, or the directory holds no tokenizer, UsageError
+    for code from a base of the hub.
     """
     from transformers import AutoTokenizer
+
+    if trust_remote_code:
+        _show_trust(source)
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
@@ -130,6 +136,17 @@ def load_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@cache
+def _show_trust(source: BaseSource) -> None:
+    """Say whose code is about to run. From the hub it is not even downloaded."""
+    if source.revision is not None:
+        raise UsageError(
+            f"--trust-remote-code is for a directory, and {source.name} is a base of the hub.",
+            "Download it, read its code, and give the directory as --base.",
+        )
+    console.print(f"Code in {source.path} will be run, as --trust-remote-code says.", markup=False)
 
 
 def check_context_fits(

@@ -41,7 +41,7 @@ OntoOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seeds everything random.")]
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run code that the base's repository brings along."),
+    typer.Option("--trust-remote-code", help="Run code that a base's directory brings along."),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done; do nothing.")

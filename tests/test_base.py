@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import GraniteConfig, GraniteForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from mipo_lite.base import BaseSource, find_base, load_base
-from mipo_lite.errors import UserError
+from mipo_lite.base import BUILTIN, BaseSource, find_base, load_base, load_tokenizer
+from mipo_lite.errors import UsageError, UserError
 
 SIZES = {
     "vocab_size": 1536,
@@ -43,3 +43,13 @@ def test_a_family_that_cannot_share_prefixes_is_refused(tmp_path: Path, model, r
         load_base(BaseSource("org/strange", tmp_path), quantized=False)
     assert caught.value.what == f"org/strange cannot be used here: {reason}."
     assert "another family" in caught.value.fix
+
+
+def test_code_of_a_base_runs_from_a_directory_only_and_is_shown(tmp_path: Path, capsys) -> None:
+    shutil.copytree(BUILTIN, tmp_path / "base")
+    load_tokenizer(BaseSource("mine", tmp_path / "base"), trust_remote_code=True)
+    assert f"Code in {tmp_path / 'base'} will be run" in "".join(
+        capsys.readouterr().out.split("\n")
+    )
+    with pytest.raises(UsageError, match="is for a directory"):
+        load_tokenizer(BaseSource("a/b", tmp_path / "base", "1" * 40), trust_remote_code=True)
