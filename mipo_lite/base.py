@@ -146,7 +146,11 @@ def _show_trust(source: BaseSource) -> None:
             f"--trust-remote-code is for a directory, and {source.name} is a base of the hub.",
             "Download it, read its code, and give the directory as --base.",
         )
-    console.print(f"Code in {source.path} will be run, as --trust-remote-code says.", markup=False)
+    console.print(
+        f"Code in {source.path} will be run, as --trust-remote-code says.",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def check_context_fits(
