@@ -28,7 +28,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import DPOConfig, DPOTrainer
 
@@ -209,6 +209,7 @@ def _trainer(
 ) -> Iterator[MIPOTrainer]:
     """A trainer with a new adapter; afterwards the base is as it was, come what may."""
     forward = vars(base.model).get("forward")
+    set_seed(recipe.seed)  # TRL 1.14 makes the adapter before it seeds
     trainer = MIPOTrainer(
         model=base.model,
         args=arguments,
