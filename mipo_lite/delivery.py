@@ -1,6 +1,6 @@
 """What becomes of a trained adapter: merged models, GGUF files, chat, and the blind test.
 
-The export stage of a run and the commands export, merge, chat and compare meet here. Formats are
+The export stage of a run and the commands export, merge and compare meet here. Formats are
 `gguf`'s business, weights `merging`'s.
 """
 

@@ -165,7 +165,8 @@ def resolve(
     settings = list(settings)
     wanted = load_recipe(recipe, settings, flags)
     if (path / "run.json").is_file():
-        return recorded_recipe(Run(path), wanted), recorded_source(Run(path).meta["base"])
+        run = Run(path)
+        return recorded_recipe(run, wanted), recorded_source(run.meta["base"])
     source = find_base(wanted.base, recipe=wanted, context_tokens=_tokens(wanted, text))
     return load_recipe_for(source.name, recipe, settings, flags, defaults), source
 

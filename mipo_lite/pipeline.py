@@ -140,14 +140,13 @@ def prepare(
 
 
 def _check_settings(recipe: Recipe) -> None:
-    """Raises UsageError for a value that only `personalize` can not have."""
+    """Raises UsageError for contexts or negatives that `personalize` does not have."""
     others = len(persona_pool("held_out"))
     if recipe.eval_contexts > others:
         raise UsageError(
             f"eval_contexts can not be {recipe.eval_contexts} for personalize.",
             f"{others} people are held out to compare with: choose at most as many.",
         )
-    """Raises UsageError for negatives that personalize does not have."""
     if recipe.negatives not in NEGATIVES:
         raise UsageError(
             f"negatives can not be {recipe.negatives!r} for personalize.",

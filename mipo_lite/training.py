@@ -34,15 +34,14 @@ from trl import DPOConfig, DPOTrainer
 
 from .base import Base
 from .batching import SharedContextSampler
+from .carry_over import MIN_WATCHED, CarryOver, carry_over_of, margins
 from .errors import NothingToLearn
 from .interrupts import finish_step
 from .label_head import label_positions_only
-from .metrics import bootstrap_mean
 from .out_of_memory import halving
 from .prefix_sharing import self_check, share_prefixes
 from .recipe import Recipe
 from .run import atomic_directory
-from .scoring import response_logprobs
 from .training_state import newest_checkpoint, remove_checkpoints
 
 # TRL 1.14, the last for Python 3.10, has no fused LM head yet.
@@ -50,9 +49,6 @@ FUSED_HEAD = hasattr(trl.trainer.utils, "add_fused_lm_head")
 
 # What a held-out evaluation must gain over the best one so far to count as better.
 MIN_GAIN = 1e-3
-
-# Fewer held-out pairs say too little to discard an adapter on.
-MIN_WATCHED = 10
 
 
 @dataclass(frozen=True)
@@ -73,25 +69,6 @@ class TrainingResult:
     prefix_sharing: str
     carry_over: CarryOver | None = None
     kept: bool = True
-
-
-@dataclass(frozen=True)
-class CarryOver:
-    """How much the margin of held-out pairs rose in training.
-
-    Attributes:
-        gain: mean over pairs, in the unit of the margin: beta times nats.
-        low, high: its 95 % interval, bootstrapped over pairs.
-        pairs: how many were held out.
-    """
-
-    gain: float
-    low: float
-    high: float
-    pairs: int
-
-    def __str__(self) -> str:
-        return f"{self.gain:+.2f}, 95 % interval {self.low:+.2f} to {self.high:+.2f}"
 
 
 class MIPOTrainer(DPOTrainer):
@@ -253,7 +230,8 @@ def _finish(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if asked():
             raise KeyboardInterrupt
-    carry_over = _carry_over(margins(model, watched, recipe.beta) - before) if watched else None
+    after = margins(model, watched, recipe.beta) if watched else before
+    carry_over = carry_over_of(after - before) if watched else None
     kept = carry_over is None or carry_over.low > 0
     if not kept:
         set_peft_model_state_dict(model, beginning)
@@ -265,25 +243,6 @@ def _finish(
     remove_checkpoints(checkpoints)
     history = _history(state.log_history)
     return TrainingResult(state.global_step, best, history, sharing, carry_over, kept)
-
-
-def margins(model: PeftModel, rows: Sequence[dict[str, Any]], beta: float) -> np.ndarray:
-    """[len(rows)] DPO's implicit reward margins: beta times the difference of two log-ratios.
-
-    Rafailov et al., arXiv 2305.18290, section 4. `rows` are those of `split_pairs`.
-    """
-    responses = [
-        (row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")
-    ]
-    policy = [float(logprobs.sum()) for logprobs in response_logprobs(model, responses)]
-    reference = [[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in rows]
-    ratios = np.array(policy).reshape(-1, 2) - np.array(reference)
-    return beta * (ratios[:, 0] - ratios[:, 1])
-
-
-def _carry_over(gains: np.ndarray) -> CarryOver:
-    low, high = bootstrap_mean(gains, np.arange(len(gains)))
-    return CarryOver(float(gains.mean()), low, high, len(gains))
 
 
 def split_pairs(

@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from mipo_lite.base import Base
-from mipo_lite.training import MIN_WATCHED, margins, split_pairs
+from mipo_lite.carry_over import MIN_WATCHED, margins
+from mipo_lite.training import split_pairs
 
 # 11 of 18 pairs are held out.
 WATCHED = RECIPE.model_copy(update={"held_out": 0.6})
