@@ -136,14 +136,23 @@ def look_up(
     return BaseOffer(name, revision=revision, files=files_to_download(name, revision))
 
 
-def recorded_source(record: dict[str, Any]) -> BaseSource:
-    """The base of an existing run, from the "base" entry of its run.json, at the same revision."""
-    if record["name"] == "builtin":
-        return BaseSource("builtin", BUILTIN)
+def recorded_offer(record: dict[str, Any]) -> BaseOffer:
+    """The base of an existing run, from the "base" entry of its run.json, at the same revision.
+
+    Raises UserError as `look_up` does.
+    """
     path = Path(record["path"])
-    if path.is_dir():
-        return BaseSource(record["name"], check_weights(path), record["revision"])
-    return find_base(record["name"], revision=record["revision"])
+    if record["name"] == "builtin" or not path.is_dir():
+        return look_up(record["name"], record["revision"])
+    return BaseOffer(record["name"], check_weights(path), record["revision"])
+
+
+def recorded_source(record: dict[str, Any]) -> BaseSource:
+    """The same, downloaded again where it is gone."""
+    offer = recorded_offer(record)
+    if offer.path is None:
+        console.print(f"Base: {offer}", soft_wrap=True)
+    return offer.fetch()
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .errors import UserError
 from .gguf.llama import ON_GPU, encode, has_gpu, is_end, open_gguf
 from .gguf.template import ChatTemplate
 from .gguf.window import TALK, USUAL, chat_window
-from .run import Run, read_json
+from .run import Run
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -212,7 +212,7 @@ def chat_model(
     file = model
     if model.is_dir():
         run = Run(model)
-        page = user_page(run)
+        page = run.page
         file = _plain_gguf(run) if plain else _best_gguf(run)
         if not plain and run.meta["stages"].get("export", {}).get("state") == "stale":
             console.print(
@@ -228,12 +228,6 @@ def chat_model(
         seed=seed,
         window=window,
     )
-
-
-def user_page(run: Run) -> str | None:
-    """The user's page; None for a run of improve."""
-    file = run / "context.json"
-    return str(read_json(file)["text"]) if file.is_file() else None
 
 
 def gguf_files(run: Run) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .base import Base, load_base, load_tokenizer
 from .bases import BaseSource, check_weights, recorded_source
-from .chat import gguf_files, user_page
+from .chat import gguf_files
 from .console import console, progress
 from .contexts import Messages, build_messages, has_system_role
 from .errors import UsageError, UserError
@@ -78,7 +78,7 @@ def export_run(
         quants=kinds,
         adapter_dir=adapter,
         onto=onto,
-        context=user_page(run),
+        context=run.page,
         imatrix=matrix,
         progress=progress,
     )
@@ -173,7 +173,7 @@ def compare_merges(run: Run, base: Base) -> dict[str, Any]:
 def _held_out(run: Run, base: Path) -> tuple[Any, list[Messages], list[list[int]]]:
     """The base's tokenizer, and chats of held-out prompts with the trained model's answers."""
     tokenizer = load_tokenizer(BaseSource(str(base), base))
-    system_role, page = has_system_role(tokenizer), user_page(run)
+    system_role, page = has_system_role(tokenizer), run.page
     answers = [
         row
         for row in read_jsonl(run / "evaluation.jsonl")

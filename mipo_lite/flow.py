@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Base, load_base
-from .bases import BaseOffer, BaseSource, find_base, look_up, recorded_source
+from .bases import BaseOffer, BaseSource, find_base, look_up, recorded_offer, recorded_source
 from .console import console
 from .contexts import Persona
 from .errors import UserError
@@ -53,11 +53,6 @@ class Flow:
     def user(self) -> Persona:
         row = read_json(self.run / "context.json")
         return Persona("user", row["text"], row["facts"])
-
-    @cached_property
-    def page(self) -> str | None:
-        """The user's page; None for a run of improve."""
-        return self.user.text if (self.run / "context.json").is_file() else None
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -178,6 +173,7 @@ def recorded_recipe(run: Run, stated: Recipe) -> Recipe:
 
 
 def foresee(
+    path: Path,
     recipe: str | None,
     settings: Iterable[str],
     flags: dict[str, Any],
@@ -187,6 +183,9 @@ def foresee(
     """What `resolve` would give, before anything is downloaded."""
     settings = list(settings)
     wanted = load_recipe(recipe, settings, flags)
+    if (path / "run.json").is_file():
+        run = Run(path)
+        return recorded_recipe(run, wanted), recorded_offer(run.meta["base"])
     offer = look_up(wanted.base, recipe=wanted, context_tokens=_tokens(wanted, text))
     return load_recipe_for(offer.name, recipe, settings, flags, defaults), offer
 
@@ -211,7 +210,7 @@ def execute(flow: Flow, only: str | None = None) -> None:
             with (
                 flow.run.stage(stage.name, inputs) as entry,
                 remembering(sizes, flow.run.save, {"scoring_tokens": flow.recipe.scoring_tokens}),
-                watch_memory(stage.name, flow.recipe, flow.source.path, flow.page or "", entry),
+                watch_memory(stage.name, flow.recipe, flow.source.path, flow.run.page or "", entry),
             ):
                 stage.action(flow, entry)
         if stage.name == only:

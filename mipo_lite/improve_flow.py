@@ -93,12 +93,12 @@ def preview(
     """
     problems: Sequence[Problem] = _read(prompts, eval_prompts, (question_column, answer_column))
     flags = {"base": base, "negatives": negatives, "rounds": rounds, "seed": seed}
-    chosen, offer = foresee(recipe, settings, flags, _defaults(problems))
+    path = run or Path("runs") / prompts.stem
+    chosen, offer = foresee(path, recipe, settings, flags, _defaults(problems))
     _check_negatives(chosen)
     if offer.path is not None:
         problems = _fitting(offer.fetch(), problems, chosen, trust_remote_code=False)
     train = sum(problem.split == "train" for problem in problems)
-    path = run or Path("runs") / prompts.stem
     return Preview(path, offer, chosen, (train, len(problems) - train), IMPROVE_STAGES)
 
 

@@ -84,12 +84,12 @@ def preview(user_context: Path, **arguments: Any) -> Preview:
     text = load_user_context(user_context)
     prompts = load_prompts(arguments["prompts"])
     flags = {"base": arguments["base"], "seed": arguments["seed"]}
-    recipe, offer = foresee(arguments["recipe"], arguments["settings"], flags, text=text)
+    path = arguments["run"] or Path("runs") / user_context.stem
+    recipe, offer = foresee(path, arguments["recipe"], arguments["settings"], flags, text=text)
     _check_settings(recipe)
     if offer.path is not None:
         check_context_fits(offer.fetch(), text, recipe.max_new_tokens)
     train = sum(prompt.split == "train" for prompt in prompts)
-    path = arguments["run"] or Path("runs") / user_context.stem
     return Preview(path, offer, recipe, (train, len(prompts) - train), STAGES, len(text.split()))
 
 

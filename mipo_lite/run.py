@@ -211,6 +211,12 @@ class Run:
     def name(self) -> str:
         return self.path.resolve().name
 
+    @property
+    def page(self) -> str | None:
+        """The user's page; None for a run of improve."""
+        file = self / "context.json"
+        return str(read_json(file)["text"]) if file.is_file() else None
+
     def save(self) -> None:
         write_json(self.path / "run.json", self.meta)
 

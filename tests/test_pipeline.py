@@ -155,6 +155,13 @@ def test_another_recipe_for_the_same_run_is_refused(finished) -> None:
     )
 
 
+def test_a_dry_run_on_a_run_shows_its_own_settings(finished) -> None:
+    given = {"base": None, "prompts": None, "recipe": None, "seed": None, "run": finished[0]}
+    foreseen = pipeline.preview(ME, settings=["epochs=5"], **given)
+    assert (foreseen.recipe.pairs, foreseen.recipe.epochs) == (24, 5)
+    assert foreseen.base.name == "builtin"
+
+
 def test_another_page_for_the_same_run_is_refused(finished, tmp_path: Path) -> None:
     run, _ = finished
     other = tmp_path / "other.txt"
