@@ -5,19 +5,21 @@ in other words it gets some right, some by chance, and some not at all, as real 
 edge of what they can. `reworded_sum` is of that kind; `examples/sums.jsonl` was written by
 
     python -m mipo_lite.small_sums --questions examples/sums.jsonl
+
+and with `--seed 1 --other-than examples/sums.jsonl` it writes others of the same kind.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .run import atomic_write
+from .run import atomic_write, read_jsonl
 
 NAMES = [
     "Ada",
@@ -98,15 +100,23 @@ def reworded_sum(rng: random.Random) -> tuple[str, int]:
     return wording.format(a=a, b=b, word=word, happens=happens, who=who, things=things), result
 
 
-def questions(count: int, seed: int, reworded: bool = False) -> Iterator[dict[str, str]]:
-    """`count` different sums with their answers, as rows of a problem file."""
+def questions(
+    count: int, seed: int, reworded: bool = False, known: Iterable[str] = ()
+) -> Iterator[dict[str, str]]:
+    """`count` different sums with their answers, none of `known`, as rows of a problem file."""
     rng = random.Random(f"small sums {seed}")
-    seen: set[str] = set()
-    while len(seen) < count:
+    seen = set(known)
+    for number in range(1, count + 1):
+        ask, result = _another(rng, reworded, seen)
+        seen.add(ask)
+        yield {"id": f"sum-{number:03d}", "question": ask, "answer": str(result)}
+
+
+def _another(rng: random.Random, reworded: bool, seen: set[str]) -> tuple[str, int]:
+    while True:
         ask, result = reworded_sum(rng) if reworded else small_sum(rng)[::2]
         if ask not in seen:
-            seen.add(ask)
-            yield {"id": f"sum-{len(seen):03d}", "question": ask, "answer": str(result)}
+            return ask, result
 
 
 def _draw(rng: random.Random) -> tuple[int, int, str, int]:
@@ -121,10 +131,15 @@ def main(
     path: Annotated[Path, typer.Option("--questions", help="Write them to this file.")],
     count: Annotated[int, typer.Option("--count")] = 300,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    other_than: Annotated[
+        Path | None, typer.Option("--other-than", help="A file whose questions not to repeat.")
+    ] = None,
 ) -> None:
     """Write a file of reworded sums."""
+    known = [row["question"] for row in read_jsonl(other_than)] if other_than else []
     with atomic_write(path, 0o644) as partial:
-        lines = (json.dumps(row) + "\n" for row in questions(count, seed, reworded=True))
+        rows = questions(count, seed, reworded=True, known=known)
+        lines = (json.dumps(row) + "\n" for row in rows)
         partial.write_text("".join(lines), "utf-8")
 
 

@@ -42,6 +42,14 @@ def test_responses_state_the_result() -> None:
         assert find_answer(response) == str(result) == str(solved(question))
 
 
+def test_other_questions_repeat_none() -> None:
+    known = [row["question"] for row in questions(300, 0, reworded=True)]
+    same_seed = list(questions(300, 0, reworded=True, known=known))
+    assert not {row["question"] for row in same_seed} & set(known)
+    assert len({row["question"] for row in same_seed}) == 300
+    assert (same_seed[0]["id"], same_seed[-1]["id"]) == ("sum-001", "sum-300")
+
+
 def test_every_wording_is_used_and_none_is_taught() -> None:
     def shape(question: str) -> str:
         """The question without what it is filled with."""
