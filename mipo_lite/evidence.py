@@ -101,11 +101,13 @@ def summarize(
             )
             for name in names
         }
-        block["distinct_2"] = compare_distinct_n(
-            [answers[i]["token_ids"] for i in first],
-            [answers[i]["token_ids"] for i in second],
-            groups,
-        )
+        for name, parts in (
+            ("distinct_2", [row["token_ids"] for row in answers]),
+            ("distinct_2_words", [words(row["text"]) for row in answers]),
+        ):
+            block[name] = compare_distinct_n(
+                [parts[i] for i in first], [parts[i] for i in second], groups
+            )
         summary.setdefault(condition, {})[mode] = {
             name: comparison.as_dict() for name, comparison in block.items() if comparison
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 
@@ -107,15 +107,19 @@ def information(scores: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def distinct_n(responses: Sequence[Sequence[int]], n: int = 2) -> float:
-    """Different n-grams as a share of all n-grams (Li et al. 2016, arXiv 1510.03055)."""
+def distinct_n(responses: Sequence[Sequence[Hashable]], n: int = 2) -> float:
+    """Different n-grams as a share of all n-grams (Li et al. 2016, arXiv 1510.03055).
+
+    Of words or of token ids. A name of six tokens counts six times among the latter, so answers
+    that name it twice look more alike.
+    """
     grams = [gram for response in responses for gram in _ngrams(response, n)]
     return len(set(grams)) / max(len(grams), 1)
 
 
 def compare_distinct_n(
-    before: Sequence[Sequence[int]],
-    after: Sequence[Sequence[int]],
+    before: Sequence[Sequence[Hashable]],
+    after: Sequence[Sequence[Hashable]],
     groups: Sequence[int | str],
     n: int = 2,
 ) -> Comparison | None:
@@ -136,13 +140,13 @@ def compare_distinct_n(
 
 
 def _leave_one_out_distinct(
-    responses: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[Hashable]],
     groups: Sequence[int | str],
     names: Sequence[int | str],
     n: int,
 ) -> tuple[float, np.ndarray]:
     """`distinct_n` of all responses, and [len(names)] of all but those of one group."""
-    grams: dict[int | str, list[tuple[int, ...]]] = {name: [] for name in names}
+    grams: dict[int | str, list[tuple[Hashable, ...]]] = {name: [] for name in names}
     for response, group in zip(responses, groups, strict=True):
         grams[group] += _ngrams(response, n)
     holders = Counter(gram for found in grams.values() for gram in set(found))
@@ -163,7 +167,7 @@ def repetition(response: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+def _ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 

@@ -285,7 +285,7 @@ def _train_adapter(flow: Flow, recipe: Recipe, what: str, name: str) -> dict[str
     if not result.kept:
         console.print(
             "[yellow]What was learned does not carry over to pairs held out[/] "
-            f"(margin {result.carry_over}): the adapter is left as it began.\n"
+            f"(margins: {result.carry_over}): the adapter is left as it began.\n"
             "  Set more pairs, give it a longer page or other prompts, or change learning_rate."
         )
     return asdict(result)

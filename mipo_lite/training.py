@@ -232,7 +232,7 @@ def _finish(
             raise KeyboardInterrupt
     after = margins(model, watched, recipe.beta) if watched else before
     carry_over = carry_over_of(after - before) if watched else None
-    kept = carry_over is None or carry_over.low > 0
+    kept = carry_over is None or carry_over.beyond_chance
     if not kept:
         set_peft_model_state_dict(model, beginning)
     with atomic_directory(adapter) as partial:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from handmade_pairs import RECIPE, Rows, make_pairs, train_on
@@ -11,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from mipo_lite.base import Base
-from mipo_lite.carry_over import MIN_WATCHED, margins
+from mipo_lite.carry_over import MIN_WATCHED, carry_over_of, margins
 from mipo_lite.training import split_pairs
 
 # 11 of 18 pairs are held out.
@@ -44,15 +45,28 @@ def test_what_carries_over_is_kept(learned) -> None:
     result, weights, _ = learned
     assert result.kept
     assert result.carry_over.pairs >= MIN_WATCHED
-    assert 0 < result.carry_over.low < result.carry_over.gain < result.carry_over.high
+    assert result.carry_over.gain > 0
+    assert result.carry_over.beyond_chance
     assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("gains", "beyond"),
+    [
+        ([0.4] * 22 + [-7.0] + [-0.2] * 8, True),  # one bad pair does not outweigh the others
+        ([9.0] * 3 + [0.1] * 8 + [-0.1] * 9, False),  # nor do a few good ones
+        ([0.0] * 20, False),
+    ],
+)
+def test_pairs_are_counted_and_not_averaged(gains: list[float], beyond: bool) -> None:
+    assert carry_over_of(np.array(gains)).beyond_chance is beyond
 
 
 def test_what_does_not_is_not_kept(builtin_base: Base, pairs, tmp_path: Path) -> None:
     result, weights = train_on(builtin_base, noise(pairs), tmp_path, recipe=WATCHED)
     assert not result.kept
     assert result.carry_over is not None
-    assert result.carry_over.low <= 0
+    assert not result.carry_over.beyond_chance
     assert all(not tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 

@@ -37,7 +37,8 @@ ROWS = (
     Row((*WITH, "which_context"), "which of 8 contexts", "", 1),
     Row((*WITH, "pmi"), "PMI, nats", "", 1),
     Row((*WITH, "length"), "length, tokens", "", 0),
-    Row((*WITH, "distinct_2"), "distinct-2", "", 1),
+    Row((*WITH, "distinct_2_words"), "distinct-2 of words", "", 1),
+    Row((*WITH, "distinct_2"), "distinct-2 of tokens", "", 1),
     Row(("without_context", "sampled", "user_facts"), "user's facts without context", "", -1),
     Row(("other_context", "sampled", "fact_use"), "others' fact use under theirs", "", 1),
 )

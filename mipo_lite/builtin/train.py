@@ -85,6 +85,7 @@ class Settings:
         Round(26_500_000, natural=8_000_000),
         Round(9_500_000, natural=3_500_000, rate=0.5),
         Round(9_000_000, natural=4_500_000, rate=0.5),
+        Round(11_000_000, natural=5_500_000, rate=0.5),
     )
     copying_tokens: int = 4_000_000  # of COPYING at the start
     freer_from: int = 12_152_256  # from here on profiles use freer phrasings too
