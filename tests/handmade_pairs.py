@@ -60,14 +60,17 @@ def train_on(
 
 
 def assert_same(found: tuple[TrainingResult, dict], whole: tuple[TrainingResult, dict]) -> None:
-    """The same losses and margins, to 1e-5, and the same adapter."""
+    """The same losses and margins, to 1e-5 (of the value where that is above 1), and adapter.
+
+    A margin of 3 is the difference of float32 sums of tens of nats: its last digits are rounding.
+    """
     assert found[0].steps == whole[0].steps
     assert found[0].best_step == whole[0].best_step
     for mine, theirs in zip(found[0].history, whole[0].history, strict=True):
         # Accuracies count signs, and the first margins are rounding.
         names = [name for name in theirs if "accuracy" not in name]
         assert [mine[name] for name in names] == pytest.approx(
-            [theirs[name] for name in names], abs=1e-5
+            [theirs[name] for name in names], abs=1e-5, rel=1e-5
         )
     # Adam divides by the size of a gradient: where that is all rounding, a tensor may differ.
     equal = [
