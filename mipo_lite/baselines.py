@@ -57,6 +57,8 @@ class Method:
         return out / "-".join([self.negatives, *own])
 
 
+# As math-builtin has it.
+DEFAULT = Method("answers contrasted, 16 samples", "answers", settings={"answers_per_question": 16})
 PAIR_SETTINGS = ("pairs", "answers_per_question", "rounds")
 TABLES = {
     "baselines": (
@@ -72,12 +74,9 @@ TABLES = {
         Method("near negatives", "near"),
         Method("far negatives", "far"),
         Method("answers contrasted, 8 samples", "answers", settings={"answers_per_question": 8}),
-        Method("answers contrasted, 16 samples", "answers", settings={"answers_per_question": 16}),
+        DEFAULT,
     ),
-    # On questions that had no part in the choice of it.
-    "default": (
-        Method("answers contrasted, 16 samples", "answers", settings={"answers_per_question": 16}),
-    ),
+    "default": (DEFAULT,),  # for questions that had no part in the choice of it
 }
 
 # Column -> mode and measure of the summary, and the digits shown.

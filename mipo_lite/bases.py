@@ -103,10 +103,8 @@ def find_base(
             offer = _choose(recipe, context_tokens, failed)
         else:
             offer = look_up(name, revision)
-        if offer.reason or offer.path is None:
-            console.print(f"Base: {offer}", soft_wrap=True)
         try:
-            return offer.fetch()
+            return _announced(offer).fetch()
         except UserError as error:
             if name != "auto":
                 raise
@@ -149,10 +147,14 @@ def recorded_offer(record: dict[str, Any]) -> BaseOffer:
 
 def recorded_source(record: dict[str, Any]) -> BaseSource:
     """The same, downloaded again where it is gone."""
-    offer = recorded_offer(record)
-    if offer.path is None:
+    return _announced(recorded_offer(record)).fetch()
+
+
+def _announced(offer: BaseOffer) -> BaseOffer:
+    """Say what `auto` chose and what will be downloaded."""
+    if offer.reason or offer.path is None:
         console.print(f"Base: {offer}", soft_wrap=True)
-    return offer.fetch()
+    return offer
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -27,17 +27,17 @@ class CarryOver:
         gain: mean rise over pairs, in the unit of the margin: beta times nats.
         rose: in how many pairs it rose.
         pairs: how many were held out.
-        low: lower end of the 95 % interval of the share in which it rose.
     """
 
     gain: float
     rose: int
     pairs: int
-    low: float
 
     @property
     def beyond_chance(self) -> bool:
-        return self.low > 0.5
+        """Whether the 95 % interval of the share in which it rose lies above one half."""
+        low, _ = wilson_interval(self.rose, self.pairs)
+        return low > 0.5
 
     def __str__(self) -> str:
         return f"{self.rose} of {self.pairs} rose"
@@ -59,6 +59,4 @@ def margins(model: PeftModel, rows: Sequence[dict[str, Any]], beta: float) -> np
 
 def carry_over_of(gains: np.ndarray) -> CarryOver:
     """From [pairs] how much the margin of each rose."""
-    rose = int((gains > 0).sum())
-    low, _ = wilson_interval(rose, len(gains))
-    return CarryOver(float(gains.mean()), rose, len(gains), low)
+    return CarryOver(float(gains.mean()), int((gains > 0).sum()), len(gains))

@@ -82,6 +82,10 @@ def summarize(
 
     `neutral_text` holds the negative log-likelihood per token of the neutral texts.
     """
+    varied = {
+        "distinct_2": [row["token_ids"] for row in answers],
+        "distinct_2_words": [words(row["text"]) for row in answers],
+    }
     blocks: dict[tuple[str, str, str], list[int]] = {}
     for i, row in enumerate(answers):
         condition = questions[row["question"]].condition
@@ -101,10 +105,7 @@ def summarize(
             )
             for name in names
         }
-        for name, parts in (
-            ("distinct_2", [row["token_ids"] for row in answers]),
-            ("distinct_2_words", [words(row["text"]) for row in answers]),
-        ):
+        for name, parts in varied.items():
             block[name] = compare_distinct_n(
                 [parts[i] for i in first], [parts[i] for i in second], groups
             )

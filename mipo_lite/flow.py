@@ -198,6 +198,7 @@ def _tokens(wanted: Recipe, text: str) -> int | None:
 def execute(flow: Flow, only: str | None = None) -> None:
     """Run the stages that are not done; with `only`, up to that one and not beyond."""
     meta, recipe = flow.run.meta, flow.recipe.model_dump()
+    page = flow.run.page or ""
     # What had to be halved for lack of memory is begun with, unless it was set anew since.
     sizes = {
         key: n for key, n in meta.get("fits", {}).items() if meta["recipe"][key] == recipe[key]
@@ -210,7 +211,7 @@ def execute(flow: Flow, only: str | None = None) -> None:
             with (
                 flow.run.stage(stage.name, inputs) as entry,
                 remembering(sizes, flow.run.save, {"scoring_tokens": flow.recipe.scoring_tokens}),
-                watch_memory(stage.name, flow.recipe, flow.source.path, flow.run.page or "", entry),
+                watch_memory(stage.name, flow.recipe, flow.source.path, page, entry),
             ):
                 stage.action(flow, entry)
         if stage.name == only:

@@ -106,17 +106,13 @@ def questions(
     """`count` different sums with their answers, none of `known`, as rows of a problem file."""
     rng = random.Random(f"small sums {seed}")
     seen = set(known)
-    for number in range(1, count + 1):
-        ask, result = _another(rng, reworded, seen)
-        seen.add(ask)
-        yield {"id": f"sum-{number:03d}", "question": ask, "answer": str(result)}
-
-
-def _another(rng: random.Random, reworded: bool, seen: set[str]) -> tuple[str, int]:
-    while True:
+    number = 0
+    while number < count:
         ask, result = reworded_sum(rng) if reworded else small_sum(rng)[::2]
         if ask not in seen:
-            return ask, result
+            seen.add(ask)
+            number += 1
+            yield {"id": f"sum-{number:03d}", "question": ask, "answer": str(result)}
 
 
 def _draw(rng: random.Random) -> tuple[int, int, str, int]:

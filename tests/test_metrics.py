@@ -199,6 +199,7 @@ def test_distinct_n_counts_different_pairs() -> None:
     # (1,2) (2,1) (1,2) | (1,2): 2 different of 4.
     assert distinct_n([[1, 2, 1, 2], [1, 2]], 2) == 0.5
     assert distinct_n([], 2) == 0.0
+    assert distinct_n([["in", "Ely"], ["in", "Ely"], ["in", "Ur"], ["near", "Ur"]]) == 0.75
 
 
 def test_compare_distinct_n_agrees_with_leaving_out_by_hand() -> None:
