@@ -80,7 +80,7 @@ def _row(pair: dict[str, Any], logprobs: Sequence[float], recipe: Recipe) -> dic
 def drop_reason(
     chosen: Sequence[int], rejected: Sequence[int], contrast: float, min_contrast: float
 ) -> str | None:
-    """Why a pair is dropped: "identical", "no contrast" (in nats), or None: it is kept.
+    """Why a pair is dropped: "identical", "little contrast" (in nats), or None: it is kept.
 
     Beside these, `score_pairs` drops a "false negative": a response to another question that is
     as likely under this one.
@@ -88,7 +88,7 @@ def drop_reason(
     if list(chosen) == list(rejected):
         return "identical"
     if abs(contrast) < min_contrast:
-        return "no contrast"
+        return "little contrast"
     return None
 
 

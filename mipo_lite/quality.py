@@ -16,7 +16,7 @@ from .console import console
 # Below these, training was seen to change little (60 pairs of the built-in base taught nothing).
 FEW_PAIRS = 64
 LOW_CONTRAST = 1.0
-MANY_DROPPED = 0.5
+MANY_ALIKE = 0.5
 LISTED = 5
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -72,7 +72,7 @@ def pair_quality(pairs: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any
             f"Only {len(contrasts)} pairs to learn from; below {FEW_PAIRS} little was ever learned."
             " Set more pairs."
         )
-    if rows and 1 - len(contrasts) / len(rows) > MANY_DROPPED:
+    if rows and sum(_alike(*row) for row in rows) / len(rows) > MANY_ALIKE:
         warnings.append(
             f"Most pairs show no contrast: the base answers alike whatever {context} says."
             f" {'Write more about yourself, or ask' if personal else 'Ask'} other things."
@@ -97,6 +97,12 @@ def pair_quality(pairs: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any
         warnings=tuple(warnings),
         context=context,
     )
+
+
+def _alike(pair: dict[str, Any], score: dict[str, Any]) -> bool:
+    """Whether a pair has no contrast to speak of, however much the recipe asks for."""
+    contrast = pair.get("contrast", score["pmi_chosen"] - score["pmi_rejected"])
+    return not score["kept"] and (score["why"] == "identical" or abs(contrast) < LOW_CONTRAST)
 
 
 def print_quality(quality: PairQuality) -> None:

@@ -171,7 +171,7 @@ def _score(i: int) -> dict[str, Any]:
         "pmi_chosen": 4.0 + i,
         "pmi_rejected": -1.0,
         "kept": i != 3,
-        "why": None if i != 3 else "no contrast",
+        "why": None if i != 3 else "little contrast",
     }
 
 

@@ -223,7 +223,9 @@ def test_token_weights_cover_the_answer(small_tokenizer):
 
 def test_training_learns_and_goes_on_after_a_stop(small_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("mipo_lite.builtin.train.CHUNK_TOKENS", 12_000)
-    settings = Settings(rounds=(Round(24_000, natural=0, fall=12_000),), batch_tokens=512)
+    # A narrow MLP: without AVX-512 Muon's bfloat16 products would take minutes.
+    short = (Round(24_000, natural=0, fall=12_000),)
+    settings = Settings(rounds=short, batch_tokens=512, intermediate=32)
     first = next(chunk(settings, small_tokenizer, 0, 0))
     again = next(chunk(settings, small_tokenizer, 0, 0))
     assert (first[0] == again[0]).all() and (first[1] == again[1]).all()

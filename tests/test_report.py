@@ -197,7 +197,7 @@ def pairs_with(contrasts: list[float], kept: list[bool] | None = None):
         for i in range(len(contrasts))
     ]
     scores = [
-        {"pmi_chosen": c, "pmi_rejected": 0.0, "kept": k, "why": None if k else "no contrast"}
+        {"pmi_chosen": c, "pmi_rejected": 0.0, "kept": k, "why": None if k else "little contrast"}
         for c, k in zip(contrasts, kept, strict=True)
     ]
     return pairs, scores
@@ -215,9 +215,11 @@ def test_good_pairs_raise_no_warning(capsys) -> None:
 
 def test_warnings_before_time_is_spent() -> None:
     assert "Only 20 pairs" in pair_quality(*pairs_with([5.0] * 20)).warnings[0]
-    half = pair_quality(*pairs_with([5.0] * 200, [i % 3 == 0 for i in range(200)]))
+    third = [i % 3 == 0 for i in range(200)]
+    assert pair_quality(*pairs_with([5.0] * 200, third)).warnings == (), "a recipe that asks much"
+    half = pair_quality(*pairs_with([5.0 if kept else 0.4 for kept in third], third))
     assert len(half.warnings) == 1 and "no contrast" in half.warnings[0]
-    assert half.reasons == {"no contrast": 133}
+    assert half.reasons == {"little contrast": 133}
     weak = pair_quality(*pairs_with([0.6] * 100))
     assert len(weak.warnings) == 1 and "hardly uses your page" in weak.warnings[0]
 
