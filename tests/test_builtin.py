@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mipo_lite.base import BaseSource, load_base
@@ -18,6 +19,7 @@ from mipo_lite.builtin.facts import contains, fact_use, wrong_fact
 from mipo_lite.builtin.measure import MODEL, answers, copying
 from mipo_lite.builtin.train import (
     LENGTHS,
+    Muon,
     Round,
     Settings,
     chunk,
@@ -221,11 +223,25 @@ def test_token_weights_cover_the_answer(small_tokenizer):
                 assert inside and all(w == 4.0 for w in inside)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_in_float32_is_torchs(shape):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(3, *shape)
+    ends = []
+    for make in (torch.optim.Muon, Muon):
+        matrix = torch.nn.Parameter(start.clone())
+        optimizer = make([matrix], lr=0.02, weight_decay=0.1)
+        for gradient in gradients:
+            matrix.grad = gradient.clone()
+            optimizer.step()
+        ends.append(matrix.detach())
+    moved = (ends[0] - start).norm()
+    assert (ends[1] - ends[0]).norm() < 0.02 * moved  # bfloat16 keeps 8 bits
+
+
 def test_training_learns_and_goes_on_after_a_stop(small_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("mipo_lite.builtin.train.CHUNK_TOKENS", 12_000)
-    # A narrow MLP: without AVX-512 Muon's bfloat16 products would take minutes.
-    short = (Round(24_000, natural=0, fall=12_000),)
-    settings = Settings(rounds=short, batch_tokens=512, intermediate=32)
+    settings = Settings(rounds=(Round(24_000, natural=0, fall=12_000),), batch_tokens=512)
     first = next(chunk(settings, small_tokenizer, 0, 0))
     again = next(chunk(settings, small_tokenizer, 0, 0))
     assert (first[0] == again[0]).all() and (first[1] == again[1]).all()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,13 +132,44 @@ def fast_bfloat16() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon` that multiplies in the parameters' own precision instead of bfloat16."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                gradient = matrix.grad
+                momentum = self.state[matrix].setdefault(
+                    "momentum_buffer", torch.zeros_like(gradient)
+                )
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                matrix.sub_(rate * _orthogonal(update, group))
+
+
+def _orthogonal(matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """Newton and Schulz's iteration: [n, m] with its singular values near 1."""
+    a, b, c = group["ns_coefficients"]
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = wide @ wide.T
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+
+
 def make_optimizers(model: torch.nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     matrices: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay),
+        (torch.optim.Muon if fast_bfloat16() else Muon)(
+            matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay
+        ),
         torch.optim.AdamW(
             rest, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         ),
