@@ -127,7 +127,7 @@ def new_model(settings: Settings) -> Qwen2ForCausalLM:
 def fast_bfloat16() -> bool:
     """Whether the processor's bfloat16 products are faster than float32's.
 
-    Without AVX-512 they are emulated, a hundred times slower on an AMD EPYC.
+    Without AVX-512 they are emulated.
     """
     return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
