@@ -7,6 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONTEXT ?= examples/me.txt
 RUN ?= runs/demo
+WORKERS ?= 2
 
 .PHONY: install demo test lint bench bench-gpu clean
 
@@ -25,8 +26,9 @@ demo: install
 	$(BIN)/mipo-lite personalize --user-context $(CONTEXT) --base builtin --run $(RUN)
 	$(BIN)/mipo-lite chat $(RUN) --message "What should I do this weekend?"
 
+# The models are tiny: two processes of one thread are faster than one process of two.
 test: install lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
