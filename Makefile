@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/mipo-lite personalize --user-context $(CONTEXT) --base builtin --run $(RUN)
 	$(BIN)/mipo-lite chat $(RUN) --message "What should I do this weekend?"
 
-# The models are tiny: two processes of one thread are faster than one process of two.
+# One thread for each process: the models of the tests are too small to share among cores.
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 

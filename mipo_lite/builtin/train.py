@@ -153,12 +153,13 @@ class Muon(torch.optim.Muon):
 def _orthogonal(matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
     """Newton and Schulz's iteration: [n, m] with its singular values near 1."""
     a, b, c = group["ns_coefficients"]
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if tall else matrix
     wide = wide / wide.norm().clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         gram = wide @ wide.T
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+    return wide.T if tall else wide
 
 
 def make_optimizers(model: torch.nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
