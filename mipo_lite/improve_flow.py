@@ -254,7 +254,6 @@ def _make_pairs(flow: Flow, entry: dict[str, Any]) -> None:
         flow.run.path,
     )
     entry["pairs"] = len(read_jsonl(flow.run / "pairs.jsonl"))
-    entry["departures"] = recipe.departures
 
 
 def _more_rounds(flow: Flow, entry: dict[str, Any]) -> None:

@@ -193,7 +193,6 @@ def _make_pairs(flow: Flow, entry: dict[str, Any]) -> None:
     with progress("Sampling pairs", len(plans)) as advance:
         sample_pairs(base, plans, flow.recipe, flow.run / "pairs.jsonl", advance)
     entry["pairs"] = len(plans)
-    entry["departures"] = flow.recipe.departures
 
 
 def _choices(flow: Flow) -> list[dict[str, Any]] | None:
@@ -358,6 +357,7 @@ STAGES = (
         _train,
         (
             "loss",
+            "sft_weight",
             "beta",
             "learning_rate",
             "warmup",

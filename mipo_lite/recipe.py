@@ -75,6 +75,9 @@ class Recipe(BaseModel):
     )
 
     loss: Loss = Field("sigmoid", description="a loss_type of TRL's DPOConfig")
+    sft_weight: float = Field(
+        0.0, ge=0, description="times TRL's sft loss on the chosen responses, added to the loss"
+    )
     beta: float = Field(0.1, gt=0, description="DPO's beta")
     learning_rate: float = Field(2e-5, gt=0, description="peak, AdamW, linear decay")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
@@ -127,12 +130,16 @@ class Recipe(BaseModel):
 
     @property
     def departures(self) -> list[str]:
-        """How the pairs depart from the method (DESIGN: temperature 1, top_p 1), in words."""
+        """How a run departs from the method, which is DPO on pairs as the base samples them."""
         found = []
         if self.temperature != 1:
             found.append(f"temperature {self.temperature} instead of 1")
         if self.top_p != 1:
             found.append(f"top_p {self.top_p} instead of 1")
+        if self.loss != "sigmoid":
+            found.append(f"loss {self.loss} instead of DPO's")
+        if self.sft_weight:
+            found.append(f"{self.sft_weight:g} times the SFT loss on chosen responses is added")
         return found
 
 

@@ -56,7 +56,8 @@ class TrainingResult:
     """What training did.
 
     Attributes:
-        history: one entry per logged step: loss, margin, held-out loss and margin.
+        history: one entry per logged step: loss, margin, held-out loss and margin; with
+            `sft_weight`, loss is the other loss alone, and sft_loss stands beside it.
         prefix_sharing: why prefixes were shared, or why not, in a sentence.
         best_step: the step whose adapter was best.
         carry_over: what it gained on held-out pairs; None where that was not asked.
@@ -117,6 +118,16 @@ class MIPOTrainer(DPOTrainer):
                     weighted = sum(map(operator.mul, values, pairs)) / sum(pairs)
                     values[:] = [weighted]
         super().log(logs, start_time)
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        """TRL logs the sum of two losses: that of `sft` is logged by itself too, as it takes it."""
+        result = super()._compute_loss(model, inputs, return_outputs)
+        if len(self.loss_types) > 1:
+            logged = self._metrics["train" if self.policy.training else "eval"]
+            chosen, _ = inputs["completion_mask"].chunk(2)
+            tokens = int(chosen[:, 1:].sum())  # of the batch; logps/chosen is the mean of its sums
+            logged["sft_loss"].append(-logged["logps/chosen"][-1] * len(chosen) / tokens)
+        return result
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -241,7 +252,7 @@ def _finish(
     state = trainer.state
     best = state.best_global_step or state.global_step
     remove_checkpoints(checkpoints)
-    history = _history(state.log_history)
+    history = _history(state.log_history, recipe.sft_weight)
     return TrainingResult(state.global_step, best, history, sharing, carry_over, kept)
 
 
@@ -312,10 +323,14 @@ def _arguments(
     every = max(1, steps // recipe.evaluations)
     bf16 = base.model.dtype == torch.bfloat16
     sft = recipe.loss == "sft"
+    losses = {recipe.loss: 1.0}
+    if recipe.sft_weight and not sft:
+        losses["sft"] = recipe.sft_weight
     arguments = DPOConfig(
         output_dir=str(checkpoints),
         seed=recipe.seed,
-        loss_type=[recipe.loss],
+        loss_type=list(losses),
+        loss_weights=list(losses.values()),
         beta=recipe.beta,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",
@@ -390,13 +405,18 @@ class _Stop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """The figures worth keeping of the trainer's log, under our names."""
+def _history(log: list[dict[str, Any]], sft_weight: float) -> list[dict[str, float]]:
+    """The figures worth keeping of the trainer's log, under our names; `loss` without `sft_loss`.
+
+    So it is comparable between recipes, and DPO's begins at ln 2.
+    """
     names = {
         "loss": "loss",
+        "sft_loss": "sft_loss",
         "rewards/margins": "margin",
         "rewards/accuracies": "accuracy",
         "eval_loss": "held_out_loss",
+        "eval_sft_loss": "held_out_sft_loss",
         "eval_rewards/margins": "held_out_margin",
         "eval_rewards/accuracies": "held_out_accuracy",
     }
@@ -404,6 +424,10 @@ def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
     for entry in log:
         row = rows.setdefault(entry["step"], {"step": entry["step"]})
         row |= {ours: float(entry[theirs]) for theirs, ours in names.items() if theirs in entry}
+    for row in rows.values():
+        for part in ("", "held_out_"):
+            if f"{part}sft_loss" in row:
+                row[f"{part}loss"] -= sft_weight * row[f"{part}sft_loss"]
     return [row for row in rows.values() if len(row) > 1]
 
 

@@ -84,7 +84,7 @@ def make_run(path: Path, *, finished: bool = True) -> Run:
     from mipo_lite.verdict import conclude
 
     stages: dict[str, Any] = {
-        "pairs": {"state": "done", "seconds": 5.0, "departures": [], "peak_memory": 2**30},
+        "pairs": {"state": "done", "seconds": 5.0, "peak_memory": 2**30},
         "scores": {"state": "done", "seconds": 1.0},
     }
     history = [

@@ -90,6 +90,10 @@ def test_unknown_recipes() -> None:
 def test_departures_from_the_method_are_named() -> None:
     assert Recipe().departures == []
     assert Recipe(temperature=0.7).departures == ["temperature 0.7 instead of 1"]
+    assert Recipe(loss="ipo", sft_weight=0.5).departures == [
+        "loss ipo instead of DPO's",
+        "0.5 times the SFT loss on chosen responses is added",
+    ]
 
 
 @given(st.text(max_size=40), st.sampled_from([*Recipe.model_fields, "nothing"]))

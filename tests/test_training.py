@@ -73,6 +73,41 @@ def test_the_first_loss_is_ln_2(trained) -> None:
     assert result.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
+def test_the_sft_loss_is_added_and_logged_by_itself(
+    builtin_base: Base, pairs_and_scores, tmp_path: Path
+) -> None:
+    pairs, scores = pairs_and_scores
+    rows, held_out = split_pairs(pairs, scores, RECIPE)
+    settings = {"batch_size": len(rows), "micro_batch": len(rows), "epochs": 1.0}
+    weighted = RECIPE.model_copy(update={**settings, "sft_weight": 0.5, "evaluations": 1})
+    result = train(
+        builtin_base, pairs, scores, weighted, tmp_path / "adapter", tmp_path / "checkpoints"
+    )
+    first = result.history[0]
+    nats = -sum(row["ref_chosen_logps"] for row in rows)
+    assert first["sft_loss"] == pytest.approx(
+        nats / sum(len(row["chosen_ids"]) for row in rows), rel=1e-2
+    )
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_the_sft_loss_pulls_chosen_responses_up(
+    builtin_base: Base, pairs_and_scores, trained, tmp_path: Path
+) -> None:
+    pairs, scores = pairs_and_scores
+    weighted = RECIPE.model_copy(update={"sft_weight": 3.0})
+    adapter = tmp_path / "adapter"
+    train(builtin_base, pairs, scores, weighted, adapter, tmp_path / "checkpoints", keep_any=True)
+    rows, _ = split_pairs(pairs, scores, RECIPE)
+    chosen = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
+    sums = []
+    for directory in (trained[1], adapter):
+        model = PeftModel.from_pretrained(builtin_base.model, directory)
+        sums.append(sum(float(t.double().sum()) for t in response_logprobs(model, chosen)))
+        model.unload()
+    assert sums[1] > sums[0] + 1
+
+
 def test_trained_in_float32_and_every_b_moved(trained) -> None:
     _, adapter = trained
     weights = load_file(adapter / "adapter_model.safetensors")

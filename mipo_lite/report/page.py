@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..compare import load_comparisons
 from ..quality import pair_quality
+from ..recipe import make_recipe
 from ..run import Run, atomic_write, read_json, read_jsonl
 from . import plots
 from .rows import measured_rows
@@ -106,7 +107,7 @@ def page_content(run: Run) -> dict[str, Any]:
         "stages": [(name, took(entry)) for name, entry in stages_run(stages).items()],
         "in_all": took_in_all(stages),
         "train": train,
-        "departures": stages.get("pairs", {}).get("departures", []),
+        "departures": make_recipe(run.meta["recipe"]).departures,
         "recipe": run.meta["recipe"],
         "versions": run.meta["versions"],
         "device": run.meta["device"],
