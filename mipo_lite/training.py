@@ -120,7 +120,7 @@ class MIPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        """TRL logs the sum of two losses: that of `sft` is logged by itself too, as it takes it."""
+        """TRL logs the sum of two losses; that of `sft`, a mean over tokens, is logged here too."""
         result = super()._compute_loss(model, inputs, return_outputs)
         if len(self.loss_types) > 1:
             logged = self._metrics["train" if self.policy.training else "eval"]
@@ -158,8 +158,8 @@ def train(
 
     Goes on from the newest complete checkpoint in `checkpoints`, which is removed at the end. Where
     memory does not suffice, forward passes are of fewer pairs, optimizer steps of as many as before
-    (in the last step of an epoch, where it is not full, the pairs are weighed a little differently:
-    TRL takes the mean over forward passes).
+    (where those hold unlike numbers of pairs, or with `sft_weight` of tokens, these are weighed a
+    little differently: TRL takes the mean over forward passes).
 
     Args:
         pairs, scores: lines of pairs.jsonl and scores.jsonl, in the same order.

@@ -77,7 +77,7 @@ def test_the_sft_loss_is_added_and_logged_by_itself(
     builtin_base: Base, pairs_and_scores, tmp_path: Path
 ) -> None:
     pairs, scores = pairs_and_scores
-    rows, held_out = split_pairs(pairs, scores, RECIPE)
+    rows, _ = split_pairs(pairs, scores, RECIPE)
     settings = {"batch_size": len(rows), "micro_batch": len(rows), "epochs": 1.0}
     weighted = RECIPE.model_copy(update={**settings, "sft_weight": 0.5, "evaluations": 1})
     result = train(
