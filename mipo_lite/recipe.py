@@ -139,7 +139,7 @@ class Recipe(BaseModel):
         if self.loss != "sigmoid":
             found.append(f"loss {self.loss} instead of DPO's")
         if self.sft_weight:
-            found.append(f"{self.sft_weight:g} times the SFT loss on chosen responses is added")
+            found.append(f"the SFT loss on chosen responses is added, times {self.sft_weight:g}")
         return found
 
 

@@ -92,7 +92,7 @@ def test_departures_from_the_method_are_named() -> None:
     assert Recipe(temperature=0.7).departures == ["temperature 0.7 instead of 1"]
     assert Recipe(loss="ipo", sft_weight=0.5).departures == [
         "loss ipo instead of DPO's",
-        "0.5 times the SFT loss on chosen responses is added",
+        "the SFT loss on chosen responses is added, times 0.5",
     ]
 
 
