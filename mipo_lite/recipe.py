@@ -129,6 +129,14 @@ class Recipe(BaseModel):
         return [kind.lower() for kind in quants]
 
     @property
+    def losses(self) -> dict[str, float]:
+        """TRL's loss types with their weights; `sft` is not added to itself."""
+        weights: dict[str, float] = {self.loss: 1.0}
+        if self.sft_weight and self.loss != "sft":
+            weights["sft"] = self.sft_weight
+        return weights
+
+    @property
     def departures(self) -> list[str]:
         """How a run departs from the method, which is DPO on pairs as the base samples them."""
         found = []
@@ -138,7 +146,7 @@ class Recipe(BaseModel):
             found.append(f"top_p {self.top_p} instead of 1")
         if self.loss != "sigmoid":
             found.append(f"loss {self.loss} instead of DPO's")
-        if self.sft_weight:
+        if len(self.losses) > 1:
             found.append(f"the SFT loss on chosen responses is added, times {self.sft_weight:g}")
         return found
 

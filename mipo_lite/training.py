@@ -323,14 +323,11 @@ def _arguments(
     every = max(1, steps // recipe.evaluations)
     bf16 = base.model.dtype == torch.bfloat16
     sft = recipe.loss == "sft"
-    losses = {recipe.loss: 1.0}
-    if recipe.sft_weight and not sft:
-        losses["sft"] = recipe.sft_weight
     arguments = DPOConfig(
         output_dir=str(checkpoints),
         seed=recipe.seed,
-        loss_type=list(losses),
-        loss_weights=list(losses.values()),
+        loss_type=list(recipe.losses),
+        loss_weights=list(recipe.losses.values()),
         beta=recipe.beta,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",

@@ -94,6 +94,7 @@ def test_departures_from_the_method_are_named() -> None:
         "loss ipo instead of DPO's",
         "the SFT loss on chosen responses is added, times 0.5",
     ]
+    assert Recipe(loss="sft", sft_weight=0.5).departures == ["loss sft instead of DPO's"]
 
 
 @given(st.text(max_size=40), st.sampled_from([*Recipe.model_fields, "nothing"]))

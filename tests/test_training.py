@@ -16,6 +16,7 @@ from trl import DPOConfig
 
 from mipo_lite.base import Base, find_base, load_base
 from mipo_lite.batching import SharedContextSampler
+from mipo_lite.carry_over import margins
 from mipo_lite.contexts import Persona
 from mipo_lite.errors import UserError
 from mipo_lite.filtering import score_pairs
@@ -77,7 +78,7 @@ def test_the_sft_loss_is_added_and_logged_by_itself(
     builtin_base: Base, pairs_and_scores, tmp_path: Path
 ) -> None:
     pairs, scores = pairs_and_scores
-    rows, _ = split_pairs(pairs, scores, RECIPE)
+    rows, held_out = split_pairs(pairs, scores, RECIPE)
     settings = {"batch_size": len(rows), "micro_batch": len(rows), "epochs": 1.0}
     weighted = RECIPE.model_copy(update={**settings, "sft_weight": 0.5, "evaluations": 1})
     result = train(
@@ -89,6 +90,12 @@ def test_the_sft_loss_is_added_and_logged_by_itself(
         nats / sum(len(row["chosen_ids"]) for row in rows), rel=1e-2
     )
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    model = PeftModel.from_pretrained(builtin_base.model, tmp_path / "adapter")
+    logistic = [math.log1p(math.exp(-m)) for m in margins(model, held_out, weighted.beta)]
+    model.unload()
+    assert result.history[-1]["held_out_loss"] == pytest.approx(
+        sum(logistic) / len(logistic), abs=1e-3
+    )
 
 
 def test_the_sft_loss_pulls_chosen_responses_up(
